@@ -1,0 +1,118 @@
+# Every target sets up what it needs: a virtual environment with torch, the build, the packages.
+#
+#   make demo     train a small decoder on real text, let it write, compare with torch
+#   make test     all tests                    make test ARGS="-k layer_norm" for some
+#   make bench    ours beside every peer here  make bench ARGS="-k attention" for some
+#   make gpu      build for the GPU that is here, test on it, measure, benchmarks/results/<gpu>/
+#   make wheel    a wheel in dist/
+#   make lint     ruff, mypy, clang-format
+#   make readme   write the support matrix of the table into README.md
+#   make clean    remove the build and the environment
+#
+# PYTHON   the Python (3.10 or later) to start from; a torch that it has is used as it is
+# TORCH    what to install where there is none, as make TORCH=torch==2.11.0
+# ARGS     further arguments of the demo, the tests or the benchmarks
+
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+endif
+TORCH ?= torch>=2.10,<2.14
+VENV ?= .venv
+ARGS ?=
+
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+WITH_TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
+SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+.PHONY: help demo test bench gpu wheel lint format readme clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+# The environment sees the packages of PYTHON, so that a torch that is there is not downloaded again.
+define LINK_PARENT
+import pathlib, site, sys, sysconfig
+target = pathlib.Path(sys.argv[1])
+try:
+    import torch
+except ImportError:
+    sys.exit()
+here = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
+here.add(str(pathlib.Path(torch.__file__).resolve().parent.parent))
+folder, = target.glob("lib/python*/site-packages")
+(folder / "parent.pth").write_text("\n".join(sorted(p for p in here if pathlib.Path(p).is_dir())))
+endef
+export LINK_PARENT
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or later found; name one: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $(PYTHON) is not Python 3.10 or later; name one: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "make: $(PYTHON) cannot make environments; on Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@$(PYTHON) -c "$$LINK_PARENT" $(VENV)
+	@touch $@
+
+# The build tools: fetched, or those that are here where nothing can be fetched.
+$(VENV)/.tools: $(VENV)/.created
+	@$(RUN) -c 'import torch' 2>/dev/null || $(PIP) install "$(TORCH)"
+	$(PIP) install --upgrade "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13" || \
+	  { $(WITH_TOOLS) command -v cmake && $(WITH_TOOLS) command -v ninja && \
+	    $(RUN) -c 'import pybind11, setuptools'; }
+	@touch $@
+
+# Packages, and fastgpt itself as a link to this folder; the kernels have a build of their own.
+$(VENV)/.packages-%: $(VENV)/.tools pyproject.toml
+	FASTGPT_NATIVE=0 $(PIP) install --no-build-isolation -e ".[$*]" || { test "$(OFFLINE)" && \
+	  FASTGPT_NATIVE=0 $(PIP) install --no-build-isolation --no-deps -e .; }
+	@touch $@
+
+# Incremental: only what changed is compiled again.
+$(VENV)/.kernels: $(VENV)/.tools $(SOURCES)
+	$(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
+	@touch $@
+
+demo: $(VENV)/.packages-cli $(VENV)/.kernels
+	$(RUN) -m fastgpt demo $(ARGS)
+
+test: $(VENV)/.packages-cli,test $(VENV)/.kernels
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -p no:benchmark -n $(CORES) --dist worksteal -q $(ARGS)
+
+bench: $(VENV)/.packages-cli,test $(VENV)/.kernels
+	$(RUN) -m pytest benchmarks -q --benchmark-columns=median,stddev,rounds --benchmark-sort=name $(ARGS)
+
+gpu:
+	@command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU || \
+	  { echo "make gpu: there is no NVIDIA GPU here (nvidia-smi finds none)"; exit 1; }
+	@command -v nvcc >/dev/null || \
+	  { echo "make gpu: there is no nvcc on the PATH; install the CUDA toolkit"; exit 1; }
+	@$(MAKE) --no-print-directory OFFLINE=1 $(VENV)/.packages-cli,test
+	FASTGPT_CUDA=1 $(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
+	$(RUN) -m benchmarks.gpu $(ARGS)
+
+wheel: $(VENV)/.tools
+	$(WITH_TOOLS) $(PIP) wheel --no-build-isolation --no-deps -w dist .
+
+lint: $(VENV)/.packages-cli,test,dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.packages-cli,test,dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+readme: $(VENV)/.packages-cli,test $(VENV)/.kernels
+	FASTGPT_WRITE_README=1 $(RUN) -m pytest -q tests/test_readme.py -k matrix
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -f fastgpt/*.so

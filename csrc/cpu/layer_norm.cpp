@@ -1,0 +1,182 @@
+// y = (x - mean) * rstd * weight + bias, rstd = (var + eps)^-1/2, exact two-pass variance.
+// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds with g = dy * weight, xhat the normalized x.
+//
+// Plan: threads over rows; a row stays in L1 between its passes. dweight and dbias: one partial sum
+// per chunk of rows (a function of r alone), added in ascending order.
+// Bytes: forward reads x and writes y (r n each); add_layer_norm reads two and writes two; backward
+// reads dy, x (and ds) and writes dx. Flops: about 8 n a row forward, 14 n backward: memory-bound.
+// Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
+#include "csrc/ops/layer_norm.h"
+
+#include "csrc/common/dispatch.h"
+#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/parallel.h"
+#include "csrc/cpu/rows.h"
+
+namespace fastgpt {
+inline namespace FASTGPT_ISA {
+namespace {
+
+constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
+
+// sum over i of term(i, lanes), lanes beyond n contributing 0, in four independent chains.
+template <typename F>
+FASTGPT_INLINE float sum_row(int64_t n, const F& term) {
+  constexpr int kChains = 4;
+  Vec sum[kChains] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + kChains * Vec::width <= n; i += kChains * Vec::width) {
+    for (int c = 0; c < kChains; ++c) sum[c] = sum[c] + term(i + c * Vec::width, Vec::width);
+  }
+  for (; i < n; i += Vec::width) {
+    const int lanes = n - i < Vec::width ? static_cast<int>(n - i) : Vec::width;
+    sum[0] = sum[0] + term(i, lanes);
+  }
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+template <typename T, typename Y>
+void normalize_row(const T* x, int64_t n, const float* weight, const float* bias, float eps, Y* y,
+                   float* mean_out, float* rstd_out) {
+  const float mean = sum_row(n, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); }) /
+                     static_cast<float>(n);
+  const Vec center = set1(mean);
+  const float square = sum_row(n, [&](int64_t i, int lanes) {
+    const Vec d = load_lanes(x + i, lanes) - center;
+    const Vec kept = lanes == Vec::width ? d : select(first_lanes(lanes), d, zero());
+    return kept * kept;
+  });
+  const float rstd = 1.0f / __builtin_sqrtf(square / static_cast<float>(n) + eps);
+  const Vec scale = set1(rstd);
+  for_vectors(n, [&](int64_t i, int lanes) {
+    const Vec xhat = (load_lanes(x + i, lanes) - center) * scale;
+    store_lanes(y + i, fma(xhat, load_lanes(weight + i, lanes), load_lanes(bias + i, lanes)),
+                lanes);
+  });
+  *mean_out = mean;
+  *rstd_out = rstd;
+}
+
+template <typename T, typename Y>
+void forward(const LayerNormFwd& p) {
+  const int64_t r = p.x.size[0], n = p.x.size[1];
+  const Scratch scratch(2 * n * sizeof(float));
+  float* weight = scratch.at();
+  float* bias = weight + n;
+  widen(p.weight, 1.0f, n, weight);
+  widen(p.bias, 0.0f, n, bias);
+  parallel_for(r, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* x = row_of<T>(p.x, row);
+      if (p.residual) {
+        const T* residual = row_of<T>(p.residual, row);
+        T* s = row_of<T>(p.s, row);
+        for_vectors(n, [&](int64_t i, int lanes) {
+          store_lanes(s + i, load_lanes(x + i, lanes) + load_lanes(residual + i, lanes), lanes);
+        });
+        x = s;
+      }
+      normalize_row(x, n, weight, bias, p.eps, row_of<Y>(p.y, row),
+                    static_cast<float*>(p.mean.data) + row, static_cast<float*>(p.rstd.data) + row);
+    }
+  });
+}
+
+// One row of dx; adds the row's dy * xhat and dy to the partial sums dweight and dbias.
+template <typename T, typename Y>
+void backward_row(const LayerNormBwd& p, int64_t row, const float* weight, float* dweight,
+                  float* dbias) {
+  const int64_t n = p.x.size[1];
+  const T* x = row_of<T>(p.x, row);
+  const Y* dy = row_of<Y>(p.dy, row);
+  const T* ds = p.ds ? row_of<T>(p.ds, row) : nullptr;
+  T* dx = row_of<T>(p.dx, row);
+  const Vec mean = set1(static_cast<const float*>(p.mean.data)[row]);
+  const Vec rstd = set1(static_cast<const float*>(p.rstd.data)[row]);
+  const auto xhat_at = [&](int64_t i, int lanes) {
+    return (load_lanes(x + i, lanes) - mean) * rstd;
+  };
+  const auto g_at = [&](int64_t i, int lanes) {
+    return load_lanes(dy + i, lanes) * load_lanes(weight + i, lanes);
+  };
+  const float inverse_n = 1.0f / static_cast<float>(n);
+  const Vec mean_g = set1(sum_row(n, g_at) * inverse_n);
+  const Vec mean_gx = set1(sum_row(n,
+                                   [&](int64_t i, int lanes) {
+                                     // g is 0 in the lanes beyond the row, but 0 * inf is not
+                                     const Vec xhat = xhat_at(i, lanes);
+                                     const Vec kept = lanes == Vec::width
+                                                          ? xhat
+                                                          : select(first_lanes(lanes), xhat, zero());
+                                     return g_at(i, lanes) * kept;
+                                   }) *
+                           inverse_n);
+  for_vectors(n, [&](int64_t i, int lanes) {
+    const Vec xhat = xhat_at(i, lanes);
+    Vec d = rstd * ((g_at(i, lanes) - mean_g) - xhat * mean_gx);
+    if (ds != nullptr) d = d + load_lanes(ds + i, lanes);
+    store_lanes(dx + i, d, lanes);
+    const Vec upstream = load_lanes(dy + i, lanes);
+    if (dweight != nullptr) {
+      store_lanes(dweight + i, fma(upstream, xhat, load_lanes(dweight + i, lanes)), lanes);
+    }
+    if (dbias != nullptr) {
+      store_lanes(dbias + i, upstream + load_lanes(dbias + i, lanes), lanes);
+    }
+  });
+}
+
+template <typename T, typename Y>
+void backward(const LayerNormBwd& p) {
+  const int64_t r = p.x.size[0], n = p.x.size[1];
+  constexpr int64_t kMaxChunks = 64, kMinChunkRows = 8;
+  const int64_t balanced = (r + kMaxChunks - 1) / kMaxChunks;
+  const int64_t chunk_rows = balanced < kMinChunkRows ? kMinChunkRows : balanced;
+  const int64_t chunks = (r + chunk_rows - 1) / chunk_rows;
+  const int64_t sums = (p.dweight ? 1 : 0) + (p.dbias ? 1 : 0);
+  const Scratch scratch((1 + chunks * sums) * n * sizeof(float));
+  float* weight = scratch.at();
+  float* partial = weight + n;
+  widen(p.weight, 1.0f, n, weight);
+  parallel_for(chunks, kGrainElements / (n * chunk_rows) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      float* mine = partial + chunk * sums * n;
+      for (int64_t i = 0; i < sums * n; ++i) mine[i] = 0.0f;
+      const int64_t last = (chunk + 1) * chunk_rows < r ? (chunk + 1) * chunk_rows : r;
+      for (int64_t row = chunk * chunk_rows; row < last; ++row) {
+        backward_row<T, Y>(p, row, weight, p.dweight ? mine : nullptr,
+                           p.dbias ? mine + (sums - 1) * n : nullptr);
+      }
+    }
+  });
+  const auto gather = [&](const TensorRef& out, const float* first) {
+    parallel_for(n, kGrainElements / (chunks + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float sum = 0.0f;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += first[chunk * sums * n + i];
+        static_cast<float*>(out.data)[i] = sum;
+      }
+    });
+  };
+  if (p.dweight) gather(p.dweight, partial);
+  if (p.dbias) gather(p.dbias, partial + (sums - 1) * n);
+}
+
+}  // namespace
+
+void layer_norm_fwd_kernel(const LayerNormFwd& p) {
+  visit_dtype<bf16, f16>(p.x.dtype, [&](auto x) {
+    using T = typename decltype(x)::type;
+    p.y.dtype == p.x.dtype ? forward<T, T>(p) : forward<T, float>(p);
+  });
+}
+
+void layer_norm_bwd_kernel(const LayerNormBwd& p) {
+  visit_dtype<bf16, f16>(p.x.dtype, [&](auto x) {
+    using T = typename decltype(x)::type;
+    p.dy.dtype == p.x.dtype ? backward<T, T>(p) : backward<T, float>(p);
+  });
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

@@ -1,0 +1,72 @@
+// Threads for the CPU kernels. How work is cut never decides a result's bits: every item is
+// computed by one thread, in an order of its own, and partial sums belong to items, not to threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#include "csrc/common/dispatch.h"
+
+namespace fastgpt {
+
+// Supplied by whoever links the kernels: torch's thread pool, or std::thread in the test driver.
+// body is called with disjoint ranges that cover [0, n), on up to max_threads() threads.
+void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+int max_threads();
+
+inline namespace FASTGPT_ISA {
+
+// f(begin, end) on ranges of at least grain items. f must not throw.
+template <typename F>
+void parallel_for(int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
+  if (n <= grain) return f(int64_t{0}, n);
+  run_parallel(
+      n, grain,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const F*>(context))(begin, end);
+      },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// f(item, worker) for every item, handed out one by one in ascending order; worker is in
+// [0, workers) and names the scratch that the call may use. f must not throw.
+template <typename F>
+void parallel_items(int64_t n, int workers, const F& f) {
+  int64_t next = 0;
+  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t item; (item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < n;) {
+        f(item, static_cast<int>(worker));
+      }
+    }
+  });
+}
+
+// How many workers parallel_items may use for n items.
+inline int worker_count(int64_t n) {
+  const int threads = max_threads();
+  return n < threads ? static_cast<int>(n) : threads;
+}
+
+// The scratch of one call: one allocation, aligned to a cache line.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes)
+      : data_(::operator new(bytes == 0 ? 1 : bytes, std::align_val_t{64})) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <typename T = float>
+  T* at(size_t byte_offset = 0) const {
+    return reinterpret_cast<T*>(static_cast<char*>(data_) + byte_offset);
+  }
+
+ private:
+  void* data_;
+};
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

@@ -1,0 +1,49 @@
+// Pieces that the kernels over rows share: loops over a row in whole vectors and one partial one.
+#pragma once
+
+#include "csrc/cpu/simd.h"
+#include "csrc/ops/tensor_ref.h"
+
+namespace fastgpt {
+inline namespace FASTGPT_ISA {
+
+template <typename T>
+FASTGPT_INLINE T* row_of(const TensorRef& t, int64_t row) {
+  return static_cast<T*>(t.data) + row * t.stride[0];
+}
+
+// body(first element, lanes) over [0, n): whole vectors with lanes == Vec::width, then the rest.
+template <typename F>
+FASTGPT_INLINE void for_vectors(int64_t n, const F& body) {
+  int64_t i = 0;
+  for (; i + Vec::width <= n; i += Vec::width) body(i, Vec::width);
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+
+template <typename T>
+FASTGPT_INLINE Vec load_lanes(const T* p, int lanes) {
+  return lanes == Vec::width ? load(p) : load(p, lanes);
+}
+
+template <typename T>
+FASTGPT_INLINE void store_lanes(T* p, Vec v, int lanes) {
+  lanes == Vec::width ? store(p, v) : store(p, v, lanes);
+}
+
+// A parameter vector (n) of any float dtype as floats; absent: all equal to fallback.
+inline void widen(const TensorRef& parameter, float fallback, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!parameter) {
+      out[i] = fallback;
+    } else if (parameter.dtype == DType::bf16) {
+      out[i] = to_float(static_cast<const bf16*>(parameter.data)[i]);
+    } else if (parameter.dtype == DType::f16) {
+      out[i] = to_float(static_cast<const f16*>(parameter.data)[i]);
+    } else {
+      out[i] = static_cast<const float*>(parameter.data)[i];
+    }
+  }
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

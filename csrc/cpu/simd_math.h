@@ -1,0 +1,111 @@
+// exp2, exp, log, tanh and erf on the float vector of simd.h, float32 throughout.
+// Largest errors over all float32: exp2 and exp 1 ulp (2 where the level has no FMA), tanh 2,
+// erf 2. Limits are those of the functions: exp2(-inf) = 0, exp2(129) = inf, NaN stays NaN.
+// Polynomials are minimax fits (Lawson's iteration); erf splits at 0.9277 as in N. Juffa's fit.
+#pragma once
+
+#include "csrc/cpu/simd.h"
+
+namespace fastgpt {
+inline namespace FASTGPT_ISA {
+
+FASTGPT_INLINE float log(float x) { return __builtin_logf(x); }
+
+// Nearest integer for |x| < 2^22, ties to even.
+FASTGPT_INLINE Vec round_nearest(Vec x) {
+#if defined(__AVX512F__)
+  return Vec{_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+#elif defined(__AVX2__)
+  return Vec{_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+#else
+  const Vec magic = set1(0x1.8p23f);
+  return (x + magic) - magic;
+#endif
+}
+
+// p * 2^n for an integer-valued n in [-160, 160] and p near 1; subnormal results are rounded once.
+FASTGPT_INLINE Vec scale_by_power(Vec p, Vec n) {
+#if defined(__AVX512F__)
+  return Vec{_mm512_scalef_ps(p.v, n.v)};
+#else
+  const NativeInt whole = __builtin_convertvector(n.v, NativeInt);
+  const NativeInt half = whole >> 1;
+  const Vec first = from_bits((NativeUint)((half + 127) << 23));
+  const Vec second = from_bits((NativeUint)((whole - half + 127) << 23));
+  return (p * first) * second;
+#endif
+}
+
+FASTGPT_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  // VREDUCEPS gives x - round(x), and 0 for an infinity, so no clamp is needed.
+  const Vec f = Vec{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  const Vec n = x - f;
+#else
+  x = min(set1(129.0f), max(set1(-160.0f), x));
+  const Vec n = round_nearest(x);
+  const Vec f = x - n;
+#endif
+  Vec p = set1(1.5345812e-4f);
+  p = fma(p, f, set1(1.3399931e-3f));
+  p = fma(p, f, set1(9.6184891e-3f));
+  p = fma(p, f, set1(5.5503286e-2f));
+  p = fma(p, f, set1(2.4022646e-1f));
+  p = fma(p, f, set1(6.9314718e-1f));
+  p = fma(p, f, set1(1.0f));
+  return scale_by_power(p, n);
+}
+
+FASTGPT_INLINE Vec exp(Vec x) {
+  x = min(set1(89.5f), max(set1(-110.0f), x));
+  const Vec n = round_nearest(x * set1(1.44269504f));
+  // log(2) in two parts, the first short enough for n times it to be exact.
+  const Vec f = fma(n, set1(-1.42860677e-6f), fma(n, set1(-0.693145752f), x));
+  Vec p = set1(1.3836846e-3f);
+  p = fma(p, f, set1(8.3748158e-3f));
+  p = fma(p, f, set1(4.1668225e-2f));
+  p = fma(p, f, set1(1.6666420e-1f));
+  p = fma(p, f, set1(4.9999991e-1f));
+  p = fma(p, f, set1(1.0f));
+  p = fma(p, f, set1(1.0f));
+  return scale_by_power(p, n);
+}
+
+FASTGPT_INLINE Vec tanh(Vec x) {
+  const Vec size = abs(x);
+  const Vec z = x * x;
+  Vec p = set1(-5.7170452e-3f);
+  p = fma(p, z, set1(2.0650588e-2f));
+  p = fma(p, z, set1(-5.3743497e-2f));
+  p = fma(p, z, set1(1.3331491e-1f));
+  p = fma(p, z, set1(-3.3333284e-1f));
+  const Vec near_zero = fma(x * z, p, x);
+  const Vec far = set1(1.0f) - set1(2.0f) / (exp(size + size) + set1(1.0f));
+  return select(size < set1(0.625f), near_zero, copysign(far, x));
+}
+
+FASTGPT_INLINE Vec erf(Vec x) {
+  const Vec t = min(set1(4.0f), abs(x));
+  const Vec s = x * x;
+  Vec q = set1(-5.96761703e-4f);
+  q = fma(q, s, set1(4.99119423e-3f));
+  q = fma(q, s, set1(-2.67681349e-2f));
+  q = fma(q, s, set1(1.12819925e-1f));
+  q = fma(q, s, set1(-3.76125336e-1f));
+  q = fma(q, s, set1(1.28379166e-1f));
+  const Vec near_zero = fma(q, x, x);
+
+  Vec r = set1(-1.72853470e-5f);
+  r = fma(r, t, set1(3.83197126e-4f));
+  r = fma(r, t, set1(-3.88396438e-3f));
+  r = fma(r, t, set1(2.42546219e-2f));
+  r = fma(r, t, set1(-1.06777877e-1f));
+  r = fma(r, t, set1(-6.34846687e-1f));
+  r = fma(r, t, set1(-1.28717512e-1f));
+  r = fma(r, t, -t);
+  const Vec far = select(x == x, copysign(set1(1.0f) - exp(r), x), x);
+  return select(abs(x) < set1(0.927734375f), near_zero, far);
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

@@ -1,0 +1,100 @@
+// One row of a softmax in blocks that fit into L1: memory is read once, exp taken once per entry.
+#pragma once
+
+#include "csrc/cpu/rows.h"
+#include "csrc/cpu/simd.h"
+
+namespace fastgpt {
+inline namespace FASTGPT_ISA {
+
+constexpr int64_t kRowBlock = 2048;
+constexpr float kLog2e = 1.44269504f;
+constexpr float kInfinity = __builtin_inff();
+
+inline int64_t row_blocks(int64_t n) { return (n + kRowBlock - 1) / kRowBlock; }
+
+inline float exp2_of(float x) { return exp2(set1(x)).v[0]; }
+
+// f(sum, term) folded over term(i, lanes) of [0, n), lanes beyond n standing at fill, in four
+// independent chains.
+template <typename Fold, typename Term>
+FASTGPT_INLINE Vec fold_vectors(int64_t n, float fill, const Fold& fold, const Term& term) {
+  constexpr int kChains = 4;
+  const Vec start = set1(fill);
+  Vec chain[kChains] = {start, start, start, start};
+  int64_t i = 0;
+  for (; i + kChains * Vec::width <= n; i += kChains * Vec::width) {
+    for (int c = 0; c < kChains; ++c) {
+      chain[c] = fold(chain[c], term(i + c * Vec::width, Vec::width));
+    }
+  }
+  for (; i + Vec::width <= n; i += Vec::width) chain[0] = fold(chain[0], term(i, Vec::width));
+  if (i < n) {
+    const int lanes = static_cast<int>(n - i);
+    chain[0] = fold(chain[0], select(first_lanes(lanes), term(i, lanes), start));
+  }
+  return fold(fold(chain[0], chain[1]), fold(chain[2], chain[3]));
+}
+
+template <typename Term>
+FASTGPT_INLINE float max_vectors(int64_t n, const Term& term) {
+  return reduce_max(
+      fold_vectors(n, -kInfinity, [](Vec a, Vec b) { return max(a, b); }, term));
+}
+
+template <typename Term>
+FASTGPT_INLINE float sum_vectors(int64_t n, const Term& term) {
+  return reduce_add(fold_vectors(n, 0.0f, [](Vec a, Vec b) { return a + b; }, term));
+}
+
+// y = softmax(scale * x). e holds n floats (y itself if that is float), tops one per block. A row
+// of nothing but -inf is all `empty`.
+template <typename T, typename Y>
+void softmax_row(const T* x, int64_t n, float scale, float empty, Y* y, float* e, float* tops) {
+  const Vec c = set1(scale * kLog2e);
+  float top = -kInfinity, sum = 0.0f;
+  for (int64_t first = 0; first < n; first += kRowBlock) {
+    const int64_t size = n - first < kRowBlock ? n - first : kRowBlock;
+    const float block_top = max_vectors(
+        size, [&](int64_t i, int lanes) { return load_lanes(x + first + i, lanes) * c; });
+    if (block_top > top) {
+      sum *= exp2_of(top - block_top);
+      top = block_top;
+    }
+    // -inf - -inf would be NaN; against 0 such entries count as 0
+    const float offset = top == -kInfinity ? 0.0f : top;
+    tops[first / kRowBlock] = offset;
+    const Vec shift = set1(-offset);
+    sum += sum_vectors(size, [&](int64_t i, int lanes) {
+      const Vec power = exp2(fma(load_lanes(x + first + i, lanes), c, shift));
+      store_lanes(e + first + i, power, lanes);
+      return power;
+    });
+  }
+  const bool hidden = sum == 0.0f;
+  const float inverse = hidden ? 0.0f : 1.0f / sum;
+  const Vec floor = set1(hidden ? empty : 0.0f);
+  for (int64_t first = 0; first < n; first += kRowBlock) {
+    const int64_t size = n - first < kRowBlock ? n - first : kRowBlock;
+    const float factor = inverse * exp2_of(tops[first / kRowBlock] - (hidden ? 0.0f : top));
+    for_vectors(size, [&](int64_t i, int lanes) {
+      store_lanes(y + first + i, fma(load_lanes(e + first + i, lanes), set1(factor), floor), lanes);
+    });
+  }
+}
+
+// dx = scale * y * (dy - sum(dy * y)).
+template <typename Y, typename X>
+void softmax_row_bwd(const Y* dy, const Y* y, int64_t n, float scale, X* dx) {
+  const Vec dot = set1(sum_vectors(n, [&](int64_t i, int lanes) {
+    return load_lanes(dy + i, lanes) * load_lanes(y + i, lanes);
+  }));
+  const Vec factor = set1(scale);
+  for_vectors(n, [&](int64_t i, int lanes) {
+    const Vec scaled = load_lanes(y + i, lanes) * factor;
+    store_lanes(dx + i, scaled * (load_lanes(dy + i, lanes) - dot), lanes);
+  });
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

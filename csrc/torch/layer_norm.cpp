@@ -1,0 +1,109 @@
+#include "csrc/ops/layer_norm.h"
+
+#include "csrc/torch/common.h"
+#include "csrc/torch/cuda_stream.h"
+
+namespace fastgpt::binding {
+namespace {
+
+LayerNormFwd forward_params(const Tensor& x, const std::optional<Tensor>& weight,
+                            const std::optional<Tensor>& bias, double eps, const Tensor& y,
+                            const Tensor& mean, const Tensor& rstd) {
+  LayerNormFwd p;
+  p.x = view(x);
+  p.weight = view(weight);
+  p.bias = view(bias);
+  p.y = view(y);
+  p.mean = view(mean);
+  p.rstd = view(rstd);
+  p.eps = static_cast<float>(eps);
+  return p;
+}
+
+void run(const LayerNormFwd& p, const Tensor& x) {
+  if (x.numel() == 0) return;
+  if (x.is_cpu()) return cpu::layer_norm_fwd(p);
+#if defined(FASTGPT_CUDA)
+  const CudaStream stream(x);
+  cuda::layer_norm_fwd(p, stream.get());
+#endif
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, std::optional<Tensor> weight,
+                                                  std::optional<Tensor> bias, double eps,
+                                                  ScalarType out_dtype) {
+  const int64_t r = x.size(0), n = x.size(1);
+  Tensor y = empty(x, {r, n}, out_dtype);
+  Tensor mean = empty(x, {r}, ScalarType::Float);
+  Tensor rstd = empty(x, {r}, ScalarType::Float);
+  run(forward_params(x, weight, bias, eps, y, mean, rstd), x);
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
+    Tensor x, Tensor residual, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
+    ScalarType out_dtype) {
+  const int64_t r = x.size(0), n = x.size(1);
+  Tensor y = empty(x, {r, n}, out_dtype);
+  Tensor s = empty(x, {r, n});
+  Tensor mean = empty(x, {r}, ScalarType::Float);
+  Tensor rstd = empty(x, {r}, ScalarType::Float);
+  LayerNormFwd p = forward_params(x, weight, bias, eps, y, mean, rstd);
+  p.residual = view(residual);
+  p.s = view(s);
+  run(p, x);
+  return {y, s, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, std::optional<Tensor> weight,
+                                                  Tensor mean, Tensor rstd,
+                                                  std::optional<Tensor> ds, bool need_dweight,
+                                                  bool need_dbias) {
+  const int64_t r = x.size(0), n = x.size(1);
+  Tensor dx = empty(x, {r, n});
+  Tensor dweight = empty(x, {need_dweight ? n : 0}, ScalarType::Float);
+  Tensor dbias = empty(x, {need_dbias ? n : 0}, ScalarType::Float);
+  if (x.numel() == 0) {
+    torch::stable::zero_(dweight);
+    torch::stable::zero_(dbias);
+    return {dx, dweight, dbias};
+  }
+  LayerNormBwd p;
+  p.dy = view(dy);
+  p.x = view(x);
+  p.weight = view(weight);
+  p.mean = view(mean);
+  p.rstd = view(rstd);
+  p.ds = view(ds);
+  p.dx = view(dx);
+  p.dweight = view_unless_empty(dweight);
+  p.dbias = view_unless_empty(dbias);
+  if (x.is_cpu()) {
+    cpu::layer_norm_bwd(p);
+  } else {
+#if defined(FASTGPT_CUDA)
+    const CudaStream stream(x);
+    Tensor workspace = empty(x, {cuda::layer_norm_bwd_workspace(r, n)}, ScalarType::Float);
+    cuda::layer_norm_bwd(p, static_cast<float*>(workspace.data_ptr()), stream.get());
+#endif
+  }
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
+  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
+}
+
+#if defined(FASTGPT_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
+  m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
+  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
+}
+#endif
+
+}  // namespace fastgpt::binding

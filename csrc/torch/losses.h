@@ -1,0 +1,36 @@
+// What the bindings of the two cross-entropy losses share.
+#pragma once
+
+#include "csrc/ops/cross_entropy.h"
+#include "csrc/torch/common.h"
+
+namespace fastgpt::binding {
+
+// Every target is a class or ignore_index, or Python raises a ValueError that says which is not.
+inline void check_targets(const Tensor& target, const CrossEntropyOptions& o) {
+  const int64_t* classes = static_cast<const int64_t*>(target.data_ptr());
+  for (int64_t i = 0; i < target.numel(); ++i) {
+    if ((classes[i] >= 0 && classes[i] < o.classes) || classes[i] == o.ignore_index) continue;
+    STD_TORCH_CHECK(false, "fastgpt.ValueError: target[", i, "]: expected a class from 0 to ",
+                    o.classes - 1, " or ignore_index ", o.ignore_index, ", got ", classes[i]);
+  }
+}
+
+struct CrossEntropyResult {
+  Tensor loss, lse, weight_sum;
+};
+
+// The result of rows that have absorbed all their classes.
+inline CrossEntropyResult finish(const Tensor& target, const TensorRef& weight,
+                                 const CrossEntropyOptions& o, const CrossEntropyRow* rows) {
+  const int64_t r = target.size(0);
+  Tensor row_loss = torch::stable::new_empty(target, {r}, ScalarType::Float);
+  Tensor loss = torch::stable::new_empty(target, {}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(target, {r}, ScalarType::Float);
+  Tensor weight_sum = torch::stable::new_empty(target, {}, ScalarType::Float);
+  cpu::cross_entropy_finish({rows, ref(target), weight, o, ref(row_loss), ref(loss), ref(lse),
+                             ref(weight_sum)});
+  return {o.reduction == Reduction::none ? row_loss : loss, lse, weight_sum};
+}
+
+}  // namespace fastgpt::binding

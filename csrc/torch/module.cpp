@@ -1,0 +1,64 @@
+// The pybind11 module _C: what was compiled, and what this machine runs of it. No tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+#include <string>
+#include <vector>
+
+#include "csrc/cpu/isa_level.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> parts;
+  for (size_t begin = 0; begin < list.size();) {
+    const size_t end = std::min(list.find(',', begin), list.size());
+    parts.push_back(list.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return parts;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTGPT_VERSION;
+  info["compiler"] = FASTGPT_COMPILER;
+  info["torch_target"] = "2.10";
+  info["cpu_isa_levels"] = split(FASTGPT_ISA_LEVELS);
+  info["cuda_version"] = FASTGPT_CUDA_VERSION;
+  info["cuda_architectures"] = split(FASTGPT_CUDA_ARCHITECTURES);
+  return info;
+}
+
+// The CUDA version that the driver supports, as 13000; 0 without a driver.
+int cuda_driver_version() {
+  int version = 0;
+#if defined(__linux__)
+  if (void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL)) {
+    using Query = int (*)(int*);
+    if (auto query = reinterpret_cast<Query>(dlsym(driver, "cuDriverGetVersion"))) query(&version);
+    dlclose(driver);
+  }
+#endif
+  return version;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "How fastgpt was built and which of it this machine runs.";
+  m.def("build_info", &build_info,
+        "Version, compiler, CPU ISA levels, CUDA version and GPU architectures of this build.");
+  m.def(
+      "cpu_isa", [] { return std::string(fastgpt::isa_name(fastgpt::isa_level())); },
+      "The CPU ISA level in use: baseline, v3, v4 or v4_bf16. Set FASTGPT_CPU_ISA before the "
+      "import to lower it.");
+  m.def("cuda_driver_version", &cuda_driver_version,
+        "The CUDA version that the driver supports, as 13000; 0 without a driver.");
+}

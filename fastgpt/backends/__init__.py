@@ -1,0 +1,1 @@
+"""One folder or file per backend; fastgpt.dispatch says who may run what."""

@@ -1,0 +1,78 @@
+"""Loads the compiled op library, if there is one, and keeps the reason if not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+OP_LIBRARY = Path(__file__).resolve().parent.parent / "libfastgpt_ops.so"
+INSTALL_HINT = (
+    "install a C++17 compiler (for example `apt-get install g++`) and reinstall: "
+    "pip install --force-reinstall --no-deps fastgpt (from a checkout: pip install .)"
+)
+
+
+def _load_op_library() -> str | None:
+    """Register the C++ kernels with torch; returns why not, None on success."""
+    if os.environ.get("FASTGPT_NATIVE") == "0":
+        return "FASTGPT_NATIVE=0 switches the compiled library off"
+    if not OP_LIBRARY.exists():
+        return f"{OP_LIBRARY.name} is not in the package (pure Python install); {INSTALL_HINT}"
+    try:
+        torch.ops.load_library(str(OP_LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return f"{OP_LIBRARY.name} does not load: {error}"
+    return None
+
+
+def _load_extension() -> tuple[ModuleType | None, str | None]:
+    """Import the pybind11 module, which describes the build; returns it or why not."""
+    if os.environ.get("FASTGPT_NATIVE") == "0":
+        return None, "FASTGPT_NATIVE=0 switches the compiled library off"
+    try:
+        return importlib.import_module("fastgpt._C"), None
+    except ImportError as error:
+        return None, str(error)
+
+
+MISSING: str | None = _load_op_library()
+"""Why the op library is not loaded; None when it is."""
+
+_C, EXTENSION_MISSING = _load_extension()
+
+
+def build_info() -> dict[str, object]:
+    """What was compiled: CPU ISA levels, the one in use, GPU architectures, compilers."""
+    return dict(_C.build_info()) if _C is not None else {}
+
+
+def cpu_isa() -> str | None:
+    """The CPU instruction set level that the kernels run on (FASTGPT_CPU_ISA lowers it)."""
+    return str(_C.cpu_isa()) if _C is not None and MISSING is None else None
+
+
+def gpu_architectures() -> tuple[str, ...]:
+    """The GPU architectures that kernels were compiled for, as `sm_90`; empty without CUDA."""
+    return tuple(str(a) for a in build_info().get("cuda_architectures", ()))  # type: ignore[attr-defined]
+
+
+def cuda_refusal() -> str | None:
+    """Why the compiled CUDA kernels cannot run on this machine's GPU; None if they can."""
+    compiled = gpu_architectures()
+    if not compiled:
+        return "was not compiled (no nvcc when fastgpt was built; set FASTGPT_CUDA=1 to insist)"
+    if not torch.cuda.is_available():
+        return "needs a CUDA build of torch and a GPU, and torch.cuda.is_available() is False"
+    driver_error = _C.cuda_driver_error() if _C is not None else EXTENSION_MISSING
+    if driver_error:
+        return str(driver_error)
+    major, minor = torch.cuda.get_device_capability()
+    capability = major * 10 + minor
+    oldest = min(int(name.removeprefix("sm_").rstrip("a")) for name in compiled)
+    if capability < oldest:
+        return f"was compiled for {', '.join(compiled)}; this GPU is sm_{capability}"
+    return None

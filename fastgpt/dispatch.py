@@ -1,0 +1,309 @@
+"""Which backend runs an op: the table, the choice, and its explanation.
+
+The table has one row per op and one cell per backend that has a kernel for it; a cell says which
+devices, dtypes and head dimensions the kernel takes. `pick` is the only place that chooses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.backends import native
+
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REFERENCE_DTYPES = (*NATIVE_DTYPES, torch.float64)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one backend's kernel of one op accepts."""
+
+    dtypes: tuple[torch.dtype, ...]
+    max_head_dim: int | None = None
+
+    def accepts(self, dtype: torch.dtype, head_dim: int) -> bool:
+        return dtype in self.dtypes and (
+            self.max_head_dim is None or head_dim <= self.max_head_dim
+        )
+
+    def refusal(self, dtype: torch.dtype, head_dim: int) -> str | None:
+        if dtype not in self.dtypes:
+            names = ", ".join(_name(d) for d in self.dtypes)
+            return f"takes {names}, got {_name(dtype)}"
+        if self.max_head_dim is not None and head_dim > self.max_head_dim:
+            return f"takes head_dim up to {self.max_head_dim}, got {head_dim}"
+        return None
+
+
+_ROWS = {"cpu": Cell(NATIVE_DTYPES), "reference": Cell(REFERENCE_DTYPES)}
+_HEADS = {"cpu": Cell(NATIVE_DTYPES, max_head_dim=256), "reference": Cell(REFERENCE_DTYPES)}
+
+TABLE: dict[str, dict[str, Cell]] = {
+    "attention": _HEADS,
+    "varlen_attention": _HEADS,
+    "decode_attention": _HEADS,
+    "layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
+    "add_layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
+    "softmax": _ROWS,
+    "masked_softmax": _ROWS,
+    "bias_gelu": _ROWS,
+    "cross_entropy": _ROWS,
+    "linear_cross_entropy": _ROWS,
+}
+"""op -> backend -> what its kernel accepts. Absent cell: no such kernel."""
+
+MODULES = {"add_layer_norm": "layer_norm"}
+"""Ops that live in the files of another op."""
+
+BACKENDS = ("cuda", "cpu", "triton", "reference")
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
+
+
+@torch.compiler.assume_constant_result
+def _unavailable(backend: str) -> str | None:
+    """Why `backend` cannot run on this machine at all; None if it can."""
+    return _probe(backend)
+
+
+@functools.cache
+def _probe(backend: str) -> str | None:
+    if backend == "cpu":
+        return native.MISSING
+    if backend == "cuda":
+        return native.MISSING or native.cuda_refusal()
+    return None
+
+
+def refusal(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> str | None:
+    """Why `backend` would not run `op` on such a tensor; None if it would."""
+    if backend not in BACKENDS:
+        return f"no such backend; there are {', '.join(BACKENDS)}"
+    cell = TABLE[op].get(backend)
+    if cell is None:
+        return f"has no {op} kernel"
+    if backend in _DEVICES and device not in _DEVICES[backend]:
+        return f"runs on {' and '.join(_DEVICES[backend])} tensors, got one on {device}"
+    return cell.refusal(dtype, head_dim) or _unavailable(backend)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The forced backend is a plain global, so that traced code guards on its value alone.
+_forced: str | None = os.environ.get("FASTGPT_BACKEND") or None
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend for every op called inside: `cuda`, `cpu`, `triton` or `reference`.
+
+    A forced backend never falls back: an op that it cannot run raises RuntimeError with the
+    reason. The environment variable FASTGPT_BACKEND forces one for the whole process.
+
+    Raises:
+        ValueError: `name` is not a backend.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision: which backend runs an op, as which variant, and why no other one does."""
+
+    op: str
+    backend: str
+    variant: str
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend} ({self.variant})"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The decisions behind one call, in the order in which its ops run."""
+
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(str(choice) for choice in self.choices)
+
+
+class _DryRun(BaseException):
+    """Ends an explained call of an op at the moment its backend is known."""
+
+
+_observer: Callable[[Choice], None] | None = None
+_logging = os.environ.get("FASTGPT_LOG") == "1"
+_logged: set[tuple[str, str, str]] = set()
+
+
+def _variant(backend: str, features: dict[str, Any]) -> str:
+    base = {"cpu": native.cpu_isa() or "generic", "reference": "plain torch"}.get(backend, backend)
+    parts = [
+        name if value is True else f"{name}={value}"
+        for name, value in features.items()
+        if value is not None and value is not False
+    ]
+    return ", ".join([base, *parts])
+
+
+def _observe(choice: Choice) -> None:
+    if _observer is not None:
+        _observer(choice)
+    key = (choice.op, choice.backend, choice.variant)
+    if _logging and key not in _logged:
+        _logged.add(key)
+        print(f"fastgpt: {choice}", flush=True)
+
+
+def pick(op: str, tensor: Tensor, *, head_dim: int = 0, **features: Any) -> str:
+    """The backend that runs `op` on `tensor`: the first of the table that takes it.
+
+    `features` (window, causal, ...) describe the call; they only name the variant in `explain`.
+
+    Raises:
+        RuntimeError: the forced backend cannot run it; the message says why.
+    """
+    device, dtype = tensor.device.type, tensor.dtype
+    if _forced is not None:
+        reason = refusal(op, _forced, device, dtype, head_dim)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {_forced!r} is forced, but it {reason}")
+        chosen = _forced
+    else:
+        row = TABLE[op]
+        chosen = "reference"
+        for name in _ORDER.get(device, ("triton", "reference")):
+            cell = row.get(name)
+            if cell is not None and cell.accepts(dtype, head_dim) and _unavailable(name) is None:
+                chosen = name
+                break
+    if (_observer is not None or _logging) and not torch.compiler.is_compiling():
+        reasons = {
+            name: "another backend is forced" if _forced else why or f"{chosen} comes first"
+            for name in BACKENDS
+            if name != chosen
+            for why in [refusal(op, name, device, dtype, head_dim)]
+        }
+        _observe(Choice(op, chosen, _variant(chosen, features), reasons))
+    return chosen
+
+
+def report_fallback(op: str, reason: str) -> None:
+    """Record that a call goes to torch's own implementation, which no kernel of ours serves.
+
+    Raises:
+        RuntimeError: a backend is forced.
+    """
+    if _forced is not None and _forced != "reference":
+        raise RuntimeError(f"{op}: backend {_forced!r} is forced, but this call needs torch: {reason}")
+    if (_observer is not None or _logging) and not torch.compiler.is_compiling():
+        _observe(Choice(op, "torch", "torch's own kernel", {"fastgpt": reason}))
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend and kernel variant would run `function(*args, **kwargs)`, and why no other.
+
+    For a function of `fastgpt.functional` nothing is computed: the arguments are checked, the
+    decision is made, and the call ends there. Anything else (a module, a model, your own
+    function) is run once without gradients, and every decision on its way is listed.
+
+    The first line of the result's text is `<op>: <backend> (<variant>)`.
+
+    Raises:
+        What the call itself would raise for its arguments.
+    """
+    global _observer
+    choices: list[Choice] = []
+    dry = getattr(function, "__module__", "").startswith("fastgpt.ops.")
+
+    def observe(choice: Choice) -> None:
+        choices.append(choice)
+        if dry:
+            raise _DryRun
+
+    before, _observer = _observer, observe
+    try:
+        if dry:
+            with contextlib.suppress(_DryRun):
+                function(*args, **kwargs)
+        else:
+            with torch.no_grad():
+                function(*args, **kwargs)
+    finally:
+        _observer = before
+    return Explanation(tuple(choices))
+
+
+_CONTENT_ERROR = re.compile(r"fastgpt\.ValueError: ([^\n]*)")
+
+
+def _call_native(overload: torch._ops.OpOverload, *args: Any) -> Any:
+    try:
+        return overload(*args)
+    except RuntimeError as error:
+        content = _CONTENT_ERROR.search(str(error))
+        if content is None:
+            raise
+        raise ValueError(content[1].strip()) from None
+
+
+def kernel(op: str, backend: str, name: str) -> Callable[..., Any]:
+    """The raw op `name` (as `layer_norm_fwd`) of `op` on `backend`; all share its schema."""
+    if backend in ("cpu", "cuda"):
+        overload = getattr(torch.ops.fastgpt, name).default
+        if torch.compiler.is_compiling():
+            return overload  # type: ignore[no-any-return]
+        return functools.partial(_call_native, overload)
+    module = importlib.import_module(f"fastgpt.backends.{backend}.{MODULES.get(op, op)}")
+    return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def support_matrix() -> str:
+    """The table as Markdown: what each backend runs, for the README and `fastgpt info`."""
+    head = "| op | " + " | ".join(BACKENDS) + " |"
+    lines = [head, "|---" * (len(BACKENDS) + 1) + "|"]
+    for op, row in TABLE.items():
+        cells = []
+        for name in BACKENDS:
+            cell = row.get(name)
+            if cell is None:
+                cells.append("")
+                continue
+            text = ", ".join(_SHORT[d] for d in cell.dtypes)
+            if cell.max_head_dim is not None:
+                text += f"; head_dim <= {cell.max_head_dim}"
+            cells.append(text)
+        lines.append(f"| `{op}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+_SHORT = {
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float64: "f64",
+}

@@ -1,0 +1,72 @@
+"""Checks and layouts that the attention ops share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops._checks import (
+    autocast_dtype,
+    check_float,
+    check_rank,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
+
+
+def check_qkv(
+    q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")
+) -> None:
+    """Check the shapes of q (b, h, sq, d) and of k and v (b, hk, sk, d)."""
+    name_q, name_k, name_v = names
+    check_rank(name_q, q, 4, "(b, h, sq, d)")
+    check_rank(name_k, k, 4, "(b, hk, sk, d)")
+    b, h, _, d = q.shape
+    _, hk, sk, _ = k.shape
+    check_shape(name_k, k, (b, hk, sk, d), f"(b, hk, sk, d) with b and d of {name_q}")
+    check_shape(name_v, v, (b, hk, sk, d), f"that of {name_k}, (b, hk, sk, d)")
+    check_heads(h, hk, d, name_q, name_k)
+
+
+def check_heads(h: int, hk: int, d: int, name_q: str = "q", name_k: str = "k") -> None:
+    """ValueError unless hk key heads can serve h query heads of d elements."""
+    if hk < 1 or h % hk != 0:
+        raise ValueError(
+            f"{name_k}: expected a number of heads that divides the {h} heads of {name_q}, got {hk}"
+        )
+    if d < 1:
+        raise ValueError(f"{name_q}: expected a head dimension of at least 1, got {d}")
+
+
+def cast_together(*named: tuple[str, Tensor]) -> tuple[Tensor, ...]:
+    """Tensors in the autocast dtype (float64 stays); they must share a device and a dtype."""
+    first_name, first = named[0]
+    for name, tensor in named:
+        check_float(name, tensor)
+        check_same_device(name, tensor, first_name, first)
+    dtype = autocast_dtype(first)
+    if dtype is not None:
+        named = tuple((n, t if t.dtype == torch.float64 else t.to(dtype)) for n, t in named)
+    for name, tensor in named[1:]:
+        check_same_dtype(name, tensor, first_name, named[0][1])
+    return tuple(tensor for _, tensor in named)
+
+
+def check_scale(scale: float | None) -> None:
+    """TypeError unless `scale` is None or a number."""
+    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"scale: expected None or a float, got {type(scale).__name__}")
+
+
+def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether `shape` broadcasts to `full` without enlarging it."""
+    if len(shape) > len(full):
+        return False
+    trailing = full[len(full) - len(shape) :]
+    return all(size == 1 or size == whole for size, whole in zip(shape, trailing, strict=True))
+
+
+def empty_token_major(x: Tensor, b: int, h: int, s: int, d: int) -> Tensor:
+    """Uninitialised (b, h, s, d), stored as (b, s, h, d)."""
+    return x.new_empty((b, s, h, d)).transpose(1, 2)

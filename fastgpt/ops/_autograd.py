@@ -1,0 +1,38 @@
+"""What every autograd.Function of the ops shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record: grad mode is on and one of `tensors` requires a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, anchor: Tensor, *grads: Tensor | None) -> Any:
+        ctx.op = op
+        return tuple(None if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: the gradient of this fused kernel cannot be differentiated again; "
+            'run the forward under fastgpt.backend("reference"), which supports it'
+        )
+
+
+def once(op: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Mark the gradients that a backward returns: differentiating them raises RuntimeError.
+
+    Without it a gradient penalty would treat them as constants and be silently wrong.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return grads
+    anchor = torch.empty(0, requires_grad=True)
+    return _Once.apply(op, anchor, *grads)

@@ -1,0 +1,107 @@
+"""Checks of arguments that several ops share. Each raises before anything is allocated.
+
+Shape and value: ValueError. Dtype and type: TypeError. Every message names the argument, what was
+expected and what came.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """TypeError unless `tensor` has a dtype that the ops compute in."""
+    check_tensor(name, tensor)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}"
+        )
+
+
+def check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
+    """ValueError unless `tensor` has `rank` dimensions; `layout` names them, as `(b, h, s, d)`."""
+    check_tensor(name, tensor)
+    if tensor.dim() != rank:
+        raise ValueError(
+            f"{name}: expected {rank} dimensions {layout}, got shape {tuple(tensor.shape)}"
+        )
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], layout: str) -> None:
+    """ValueError unless `tensor` has exactly `shape`; `layout` names its dimensions."""
+    check_tensor(name, tensor)
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name}: expected shape {layout} = {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
+
+
+def check_same_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """ValueError unless both tensors are on one device."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} as {like_name}, got {tensor.device}"
+        )
+
+
+def check_same_dtype(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """TypeError unless both tensors have one dtype."""
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: expected dtype {like.dtype} as {like_name}, got {tensor.dtype}")
+
+
+def check_parameter(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """A weight or bias: on the device of `like`, in its dtype or in float32."""
+    check_float(name, tensor)
+    check_same_device(name, tensor, like_name, like)
+    if tensor.dtype not in (like.dtype, torch.float32):
+        raise TypeError(
+            f"{name}: expected dtype {like.dtype} (as {like_name}) or float32, got {tensor.dtype}"
+        )
+
+
+def check_window(window: int | None) -> None:
+    """None (dense) or an int of at least 1: the number of keys that a query sees, its own too."""
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
+        raise TypeError(f"window: expected None or an int >= 1, got {window!r}")
+    if window < 1:
+        raise ValueError(f"window: expected None or an int >= 1, got {window}")
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of the autocast region that covers `tensor`'s device, None outside of one."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def statistics_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of sums and statistics: float64 for float64, float32 for all else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def host_checks(backend: str, tensor: Tensor) -> bool:
+    """Whether Python must check the contents of `tensor`: offsets, lengths, class indices.
+
+    The cpu kernels check what they read, so that only the reference backend needs it on a CPU.
+    On a GPU it would wait for the device, and runs with FASTGPT_CHECK=1 alone.
+    """
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False
+    if tensor.device.type == "cpu":
+        return backend == "reference"
+    return tensor.device.type != "meta" and os.environ.get("FASTGPT_CHECK") == "1"

@@ -1,0 +1,34 @@
+"""What the two cross-entropy losses share: the checks of their common arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops._checks import check_same_device, check_shape, check_tensor
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def check_options(ignore_index: int, reduction: str, label_smoothing: float) -> None:
+    """The options that do not depend on any tensor."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+
+
+def check_target(target: Tensor, input: Tensor, shape: tuple[int, ...], layout: str) -> None:
+    """Class indices of `shape`, which `layout` names, on the device of input."""
+    check_tensor("target", target)
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"target: expected dtype int64 (or uint8), got {target.dtype}")
+    check_shape("target", target, shape, layout)
+    check_same_device("target", target, "input", input)
+
+
+def loss_dtype(input: Tensor, autocast: bool) -> torch.dtype:
+    """The loss has the dtype of input; under autocast it is float32, as torch's."""
+    return torch.float32 if autocast and input.dtype != torch.float64 else input.dtype

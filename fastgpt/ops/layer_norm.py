@@ -1,0 +1,280 @@
+"""layer_norm, and add_layer_norm: the residual addition fused into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import dispatch
+from fastgpt.backends.reference import layer_norm as reference
+from fastgpt.ops._autograd import needs_grad, once
+from fastgpt.ops._checks import (
+    autocast_dtype,
+    check_float,
+    check_parameter,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    statistics_dtype,
+)
+from fastgpt.ops._library import define
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalization over the trailing dimensions, as `torch.nn.functional.layer_norm`.
+
+    Args:
+        input: (..., *normalized_shape), float32, bfloat16, float16 (float64: reference).
+        normalized_shape: the trailing shape that is normalized together.
+        weight: `normalized_shape`, in the dtype of input or float32; optional.
+        bias: the same; optional, independently of weight.
+        eps: added to the variance.
+
+    Returns:
+        A contiguous tensor of input's shape, in its dtype (float32 under autocast).
+
+    Raises:
+        ValueError: normalized_shape is not input's trailing shape, or a shape or device differs.
+        TypeError: a dtype is not a float, or weight or bias has a third one.
+
+    Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
+    """
+    shape = _check(input, normalized_shape, weight, bias)
+    out_dtype = input.dtype if autocast_dtype(input) is None else torch.float32
+    x = _rows(input, shape)
+    w, b = _flat(weight), _flat(bias)
+    backend = dispatch.pick("layer_norm", input)
+    if backend == "reference":
+        y = reference.layer_norm_fwd(x, w, b, eps, out_dtype)[0]
+    elif needs_grad(input, weight, bias):
+        y = _LayerNorm.apply(backend, x, w, b, eps, out_dtype)
+    else:
+        y = dispatch.kernel("layer_norm", backend, "layer_norm_fwd")(x, w, b, eps, out_dtype)[0]
+    return y.view(input.shape)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`s = x + residual` and `y = layer_norm(s)` in one pass over memory.
+
+    Args:
+        x, residual: (..., *normalized_shape), one dtype (under autocast they are brought to the
+            wider one).
+        normalized_shape, weight, bias, eps: as for `layer_norm`.
+
+    Returns:
+        (y, s): s is rounded to the dtype of x, and y is bit for bit `layer_norm(s)`. Both are
+        differentiable.
+
+    Raises:
+        ValueError, TypeError: as `layer_norm`, and if x and residual differ in shape, device or
+            dtype.
+    """
+    autocast = autocast_dtype(x) is not None if isinstance(x, Tensor) else False
+    shape = _check(x, normalized_shape, weight, bias, "x")
+    check_float("residual", residual)
+    check_shape("residual", residual, tuple(x.shape), "that of x")
+    check_same_device("residual", residual, "x", x)
+    if autocast:
+        wider = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wider), residual.to(wider)
+    check_same_dtype("residual", residual, "x", x)
+    out_dtype = torch.float32 if autocast else x.dtype
+    rows, residual_rows = _rows(x, shape), _rows(residual, shape)
+    w, b = _flat(weight), _flat(bias)
+    backend = dispatch.pick("add_layer_norm", x)
+    if backend == "reference":
+        y, s = reference.add_layer_norm_fwd(rows, residual_rows, w, b, eps, out_dtype)[:2]
+    elif needs_grad(x, residual, weight, bias):
+        y, s = _AddLayerNorm.apply(backend, rows, residual_rows, w, b, eps, out_dtype)
+    else:
+        run = dispatch.kernel("add_layer_norm", backend, "add_layer_norm_fwd")
+        y, s = run(rows, residual_rows, w, b, eps, out_dtype)[:2]
+    return y.view(x.shape), s.view(x.shape)
+
+
+def _check(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    name: str = "input",
+) -> tuple[int, ...]:
+    check_float(name, input)
+    shape = (
+        (normalized_shape,)
+        if isinstance(normalized_shape, (int, torch.SymInt))
+        else tuple(normalized_shape)
+    )
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"normalized_shape: expected the trailing dimensions of {name}, whose shape is "
+            f"{tuple(input.shape)}, got {shape}"
+        )
+    for parameter_name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check_parameter(parameter_name, parameter, name, input)
+            check_shape(parameter_name, parameter, shape, "normalized_shape")
+    return shape
+
+
+def _rows(input: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(..., *shape) -> (r, n) with the last stride 1, a view wherever one exists."""
+    n = math.prod(shape)
+    rows = input.reshape(math.prod(input.shape[: input.dim() - len(shape)]), n)
+    return rows if rows.stride(-1) == 1 or n == 1 else rows.contiguous()
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.reshape(-1).contiguous()
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        run = dispatch.kernel("layer_norm", backend, "layer_norm_fwd")
+        y, mean, rstd = run(x, weight, bias, eps, out_dtype)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.backend = backend
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        dx, dweight, dbias = _backward(ctx, "layer_norm", dy, None, (1, 2, 3))
+        return None, *once("layer_norm", dx, dweight, dbias), None, None
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        run = dispatch.kernel("add_layer_norm", backend, "add_layer_norm_fwd")
+        y, s, mean, rstd = run(x, residual, weight, bias, eps, out_dtype)
+        ctx.save_for_backward(s, weight, bias, mean, rstd)
+        ctx.backend = backend
+        return y, s
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, ds: Tensor) -> Any:
+        dx, dweight, dbias = _backward(ctx, "add_layer_norm", dy, ds, (1, 3, 4))
+        dx, dweight, dbias = once("add_layer_norm", dx, dweight, dbias)
+        return None, dx, dx, dweight, dbias, None, None
+
+
+def _backward(
+    ctx: Any, op: str, dy: Tensor, ds: Tensor | None, inputs: tuple[int, int, int]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the input, the weight and the bias, whose argument positions are `inputs`."""
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    need_dweight, need_dbias = (ctx.needs_input_grad[i] for i in inputs[1:])
+    with torch.no_grad():
+        run = dispatch.kernel(op, ctx.backend, "layer_norm_bwd")
+        dx, dweight, dbias = run(
+            _unit_stride(dy),
+            x,
+            weight,
+            mean,
+            rstd,
+            None if ds is None else _unit_stride(ds),
+            need_dweight,
+            need_dbias,
+        )
+        return (
+            dx,
+            dweight.to(weight.dtype) if need_dweight else None,
+            dbias.to(bias.dtype) if need_dbias else None,
+        )
+
+
+def _unit_stride(rows: Tensor) -> Tensor:
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _layer_norm_fwd_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape, dtype=out_dtype)
+    statistics = x.new_empty(x.shape[0], dtype=statistics_dtype(x))
+    return y, statistics, torch.empty_like(statistics)
+
+
+def _add_layer_norm_fwd_fake(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, mean, rstd = _layer_norm_fwd_fake(x, weight, bias, eps, out_dtype)
+    return y, x.new_empty(x.shape), mean, rstd
+
+
+def _layer_norm_bwd_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    ds: Tensor | None,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[1]
+    return (
+        x.new_empty(x.shape),
+        mean.new_empty(n if need_dweight else 0),
+        mean.new_empty(n if need_dbias else 0),
+    )
+
+
+define(
+    "layer_norm_fwd",
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    _layer_norm_fwd_fake,
+)
+define(
+    "add_layer_norm_fwd",
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype)"
+    " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+    _add_layer_norm_fwd_fake,
+)
+define(
+    "layer_norm_bwd",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? ds,"
+    " bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _layer_norm_bwd_fake,
+)

@@ -1,0 +1,185 @@
+"""linear_cross_entropy: the output projection and its loss, without ever holding the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import dispatch
+from fastgpt.backends.reference import linear_cross_entropy as reference
+from fastgpt.ops._autograd import needs_grad, once
+from fastgpt.ops._checks import (
+    autocast_dtype,
+    check_float,
+    check_parameter,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    statistics_dtype,
+)
+from fastgpt.ops._library import define
+from fastgpt.ops._losses import REDUCTIONS, check_options, check_target, loss_dtype
+from fastgpt.ops._rows import as_rows, unit_stride
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """cross_entropy(input @ linear_weight.T + linear_bias, target) in blocks of rows and classes.
+
+    The (n, v) logits never exist, forward or backward: memory does not grow with their number.
+
+    Args:
+        input: hidden states (..., c), float32, bfloat16 or float16 (float64: reference).
+        linear_weight: (v, c), in the dtype of input (under autocast both are brought to its dtype).
+        target: classes (...), int64 (or uint8).
+        linear_bias: (v,), in the dtype of input or float32; optional.
+        ignore_index: rows with this target do not count; their gradient is exactly 0.
+        reduction: "mean" (over the targets that count; NaN if there are none), "sum", "none".
+        label_smoothing: from 0 to 1, the share of the target that is spread over all classes.
+
+    Returns:
+        The loss, 0-d or of the shape of target, in the dtype of input (float32 under autocast).
+        Logits are not rounded to the dtype of input in between.
+
+    Raises:
+        ValueError: a shape or device differs, a target is neither a class nor ignore_index, or an
+            option is out of range.
+        TypeError: input is not floating, linear_weight has another dtype, or target is not int64
+            or uint8.
+    """
+    check_float("input", input)
+    check_options(ignore_index, reduction, label_smoothing)
+    if input.dim() == 0:
+        raise ValueError("input: expected hidden states (..., c), got a 0-d tensor")
+    check_float("linear_weight", linear_weight)
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"linear_weight: expected shape (v, c) with c = {input.shape[-1]}, the last dimension "
+            f"of input, got {tuple(linear_weight.shape)}"
+        )
+    v = linear_weight.shape[0]
+    if v < 1:
+        raise ValueError("linear_weight: expected at least one class, got none")
+    check_same_device("linear_weight", linear_weight, "input", input)
+    check_target(target, input, tuple(input.shape[:-1]), "input's without its last dimension")
+    region = autocast_dtype(input)
+    out_dtype = loss_dtype(input, region is not None)
+    if region is not None and input.dtype != torch.float64:
+        input, linear_weight = input.to(region), linear_weight.to(region)
+    check_same_dtype("linear_weight", linear_weight, "input", input)
+    if linear_bias is not None:
+        check_parameter("linear_bias", linear_bias, "input", input)
+        check_shape("linear_bias", linear_bias, (v,), "(v,)")
+        linear_bias = linear_bias.contiguous()
+
+    x, weight = as_rows(input), unit_stride(linear_weight)
+    classes = target.reshape(-1).to(torch.int64)
+    options = (ignore_index, REDUCTIONS[reduction], label_smoothing)
+    backend = dispatch.pick("linear_cross_entropy", input)
+    if backend == "reference":
+        run = reference.linear_cross_entropy_fwd
+        loss = run(x, weight, linear_bias, classes, *options)[0]
+    elif needs_grad(input, linear_weight, linear_bias):
+        loss = _LinearCrossEntropy.apply(backend, x, weight, linear_bias, classes, *options)
+    else:
+        run = dispatch.kernel("linear_cross_entropy", backend, "linear_cross_entropy_fwd")
+        loss = run(x, weight, linear_bias, classes, *options)[0]
+    loss = loss.to(out_dtype)
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        ignore_index: int,
+        reduction: int,
+        label_smoothing: float,
+    ) -> Tensor:
+        options = (ignore_index, reduction, label_smoothing)
+        run = dispatch.kernel("linear_cross_entropy", backend, "linear_cross_entropy_fwd")
+        loss, lse, weight_sum = run(x, weight, bias, target, *options)
+        ctx.save_for_backward(x, weight, bias, target, lse, weight_sum)
+        ctx.backend, ctx.options = backend, options
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> Any:
+        bias = ctx.saved_tensors[2]
+        needed = ctx.needs_input_grad[1:4]
+        with torch.no_grad():
+            run = dispatch.kernel("linear_cross_entropy", ctx.backend, "linear_cross_entropy_bwd")
+            grads = run(dloss.contiguous(), *ctx.saved_tensors, *ctx.options, *needed)
+            dx, dweight, dbias = (g if n else None for g, n in zip(grads, needed, strict=True))
+            dbias = None if dbias is None else dbias.to(bias.dtype)
+        return (
+            None,
+            *once("linear_cross_entropy", dx, dweight, dbias),
+            *(None,) * 4,
+        )
+
+
+def _linear_cross_entropy_fwd_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = x.new_empty(x.shape[0], dtype=statistics_dtype(x))
+    loss = torch.empty_like(lse) if reduction == REDUCTIONS["none"] else lse.new_empty(())
+    return loss, lse, lse.new_empty(())
+
+
+def _linear_cross_entropy_bwd_fake(
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    weight_sum: Tensor,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        weight.new_empty(weight.shape if need_dweight else (0,)),
+        lse.new_empty(weight.shape[0] if need_dbias else 0),
+    )
+
+
+define(
+    "linear_cross_entropy_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, int reduction,"
+    " float label_smoothing) -> (Tensor loss, Tensor lse, Tensor weight_sum)",
+    _linear_cross_entropy_fwd_fake,
+)
+define(
+    "linear_cross_entropy_bwd",
+    "(Tensor dloss, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor lse,"
+    " Tensor weight_sum, int ignore_index, int reduction, float label_smoothing, bool need_dx,"
+    " bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _linear_cross_entropy_bwd_fake,
+)

@@ -1,0 +1,155 @@
+"""decode_attention: the newest queries over the cache, each sequence against plain torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import functional as F
+from tests.attention_in_torch import attend
+from tests.contract import Case, Inputs, OpSpec, Results, check_contract, first_axis, grid, normal
+
+
+def positions(inputs: Inputs, b: int) -> Tensor:
+    """The position whose key each slot of sequence b holds before the append; -1 for none."""
+    capacity, length = inputs["k_cache"].shape[2], int(inputs["cache_lengths"][b])
+    held = torch.full((capacity,), -1)
+    p = torch.arange(max(0, length - capacity) if inputs["ring"] else 0, length)
+    held[p % capacity] = p
+    return held
+
+
+def hidden(inputs: Inputs) -> Inputs:
+    """Slots without a key hold NaN and inf, and so do those before cache_start."""
+    k, v = inputs["k_cache"].clone(), inputs["v_cache"].clone()
+    for b in range(len(k)):
+        held = positions(inputs, b)
+        first = 0 if inputs["cache_start"] is None else int(inputs["cache_start"][b])
+        k[b, :, held < first], v[b, :, held < first] = float("nan"), float("-inf")
+    return inputs | {"k_cache": k, "v_cache": v}
+
+
+def case(
+    id: str,
+    lengths: tuple[int, ...],
+    *,
+    t: int = 1,
+    append: bool = True,
+    h: int = 2,
+    hk: int = 2,
+    d: int = 16,
+    capacity: int = 64,
+    window: int | None = None,
+    start: tuple[int, ...] | None = None,
+    ring: bool = False,
+    scale: float | None = None,
+    lse: bool = False,
+) -> Case:
+    """A sequence per length in caches (b, hk, capacity, d), t queries each."""
+
+    def make(g: torch.Generator, dtype: torch.dtype) -> Inputs:
+        b = len(lengths)
+        return {
+            "q": normal(g, b, h, t, d, dtype=dtype),
+            "k_cache": normal(g, b, hk, capacity, d, dtype=dtype),
+            "v_cache": normal(g, b, hk, capacity, d, dtype=dtype),
+            "cache_lengths": torch.tensor(lengths, dtype=torch.int32),
+            "k_new": normal(g, b, hk, t, d, dtype=dtype) if append else None,
+            "v_new": normal(g, b, hk, t, d, dtype=dtype) if append else None,
+            "window": window,
+            "scale": scale,
+            "cache_start": None if start is None else torch.tensor(start, dtype=torch.int32),
+            "ring": ring,
+            "return_lse": lse,
+        }
+
+    return Case(id, make, hidden)
+
+
+CASES = (
+    case("first_token", (0, 0)),
+    case("no_batch", ()),
+    case("nothing_cached", (0, 5), append=False, lse=True),
+    case("prime_lengths", (1, 13, 37, 61), lse=True),
+    case("full_cache", (63, 64 - 1)),
+    case("without_append", (5, 64, 33), append=False),
+    case("just_over_block", (128, 129, 300), capacity=320, d=64, lse=True),
+    case("several_new_tokens", (0, 7, 50), t=5),
+    case("several_queries_without_append", (3, 40), t=3, append=False),
+    case("two_heads_per_key_head", (9, 30), h=4, hk=2),
+    case("one_key_head", (9, 30), h=6, hk=1),
+    case("window", (2, 30, 60), window=7, lse=True),
+    case("window_1_sees_itself", (0, 30), window=1),
+    case("window_beyond_cache", (2, 30), window=500),
+    case("left_padding", (20, 30, 40), start=(0, 11, 40), lse=True),
+    case("left_padding_hides_all", (20, 30), start=(20, 11), append=False, lse=True),
+    case("left_padding_and_window", (20, 30), start=(15, 3), window=9, t=3),
+    case("ring_not_yet_full", (3, 0), capacity=16, window=16, ring=True),
+    case("ring_wrapped", (16, 17, 100, 1000), capacity=16, window=16, ring=True, lse=True),
+    case("ring_several_new_tokens", (2, 18, 31), capacity=18, window=16, t=3, ring=True),
+    case("ring_with_room", (20, 90), capacity=32, window=11, ring=True, start=(0, 85)),
+    case("ring_without_append", (5, 40), capacity=16, window=12, ring=True, append=False),
+    case("head_dim_of_gpt3_xl", (40, 100), capacity=128, d=128, h=3, hk=3, scale=0.05),
+)
+
+
+def low(**inputs: Any) -> Any:
+    """Append to the caches, gather each sequence's keys in order, attend."""
+    q, lse, out = inputs["q"], [], []
+    t = q.shape[2]
+    for b, length in enumerate(inputs["cache_lengths"].tolist()):
+        held = positions(inputs, b)
+        if inputs["k_new"] is not None:
+            for i in range(t):
+                slot = (length + i) % len(held)
+                held[slot] = length + i
+                inputs["k_cache"][b, :, slot] = inputs["k_new"][b, :, i]
+                inputs["v_cache"][b, :, slot] = inputs["v_new"][b, :, i]
+            length += t
+        own = torch.arange(length - t, length)[:, None]
+        first = 0 if inputs["cache_start"] is None else int(inputs["cache_start"][b])
+        seen = (held >= first) & (held >= 0) & (held <= own)
+        if inputs["window"] is not None:
+            seen = seen & (own - held < inputs["window"])
+        k, v = inputs["k_cache"][b : b + 1], inputs["v_cache"][b : b + 1]
+        parts = attend(q[b : b + 1], k, v, seen, inputs["scale"])
+        out.append(parts[0])
+        lse.append(parts[1])
+    wide = torch.promote_types(q.dtype, torch.float32)
+    whole = torch.cat(out) if out else q.clone()
+    return (whole, torch.cat(lse).to(wide)) if inputs["return_lse"] else whole
+
+
+def cancellation(inputs: Inputs, results: Results) -> dict[str, float]:
+    q, k = inputs["q"], inputs["k_cache"]
+    if q.numel() == 0:
+        return {}
+    scale = q.shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
+    return {"lse": scale * q.abs().sum(-1).max().item() * k.abs().max().item()}
+
+
+BATCHED = ("q", "k_cache", "v_cache", "cache_lengths", "k_new", "v_new", "cache_start")
+
+
+SPEC = OpSpec(
+    op="decode_attention",
+    function=F.decode_attention,
+    low=low,
+    outputs=("out", "lse"),
+    gradients=(),
+    cases=CASES,
+    rows=first_axis(("prime_lengths", "window", "left_padding", "ring_wrapped"), BATCHED),
+    stored={},
+    cancellation=cancellation,
+    storage={"out": (0, 2, 1, 3)},
+    mutated=("k_cache", "v_cache"),
+    unit_stride=("k_cache", "v_cache"),
+)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "case"), grid(SPEC))
+def test_contract(backend: str, dtype: torch.dtype, case: Case) -> None:
+    check_contract(SPEC, backend, dtype, case)

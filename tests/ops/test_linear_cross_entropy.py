@@ -1,0 +1,120 @@
+"""linear_cross_entropy against torch's projection followed by torch's loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import functional as F
+from tests.contract import Case, Inputs, OpSpec, Results, check_contract, first_axis, grid, normal
+from tests.ops.test_cross_entropy import row_cancellation, stored
+
+
+def case(
+    id: str,
+    *shape: int,
+    v: int,
+    bias: bool = False,
+    bias_dtype: torch.dtype | None = None,
+    ignored: float = 0.0,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    scale: float = 1.0,
+) -> Case:
+    """Hidden states (..., c), v classes, the share `ignored` of the rows without a target."""
+
+    def make(g: torch.Generator, dtype: torch.dtype) -> Inputs:
+        c = shape[-1]
+        target = torch.randint(v, shape[:-1], generator=g)
+        target[torch.rand(target.shape, generator=g) < ignored] = -100
+        return {
+            "input": normal(g, *shape, dtype=dtype, scale=scale),
+            "linear_weight": normal(g, v, c, dtype=dtype, scale=2 * c**-0.5),
+            "target": target,
+            "linear_bias": normal(g, v, dtype=bias_dtype or dtype) if bias else None,
+            "ignore_index": -100,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+        }
+
+    return Case(id, make)
+
+
+CASES = (
+    case("one_row", 1, 16, v=64),
+    case("one_class_all_terms_cancel", 5, 16, v=1),
+    case("no_rows", 0, 16, v=24, reduction="sum"),
+    case("prime", 13, 23, v=131, reduction="none"),
+    case("just_over_a_block_of_rows", 67, 24, v=33),
+    case("several_blocks_of_classes", 5, 16, v=4099),
+    case("batch_and_sequence", 2, 9, 24, v=65, reduction="none"),
+    case("sum", 13, 24, v=65, reduction="sum"),
+    case("smoothed", 13, 24, v=65, label_smoothing=0.1),
+    case("bias", 13, 24, v=65, bias=True),
+    case("float32_bias", 13, 24, v=65, bias=True, bias_dtype=torch.float32),
+    case("ignored_rows", 13, 24, v=65, ignored=0.4, bias=True),
+    case("everything_sum", 13, 24, v=65, ignored=0.4, label_smoothing=0.2, reduction="sum"),
+    case("everything_none", 9, 24, v=65, ignored=0.4, label_smoothing=0.2, reduction="none"),
+    case("peaked", 6, 32, v=48, scale=20.0),
+    case("gpt3_width", 2, 2048, v=97),
+)
+
+
+def low(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    logits = torch.nn.functional.linear(input, linear_weight)
+    if linear_bias is not None:
+        logits = (logits + linear_bias).to(logits.dtype)
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2),
+        target.flatten(),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+def cancellation(inputs: Inputs, results: Results) -> dict[str, float]:
+    """The terms of each logit cancel, then the losses, then p - onehot in both products."""
+    x, weight = inputs["input"].flatten(0, -2), inputs["linear_weight"]
+    if x.numel() == 0:
+        return {}
+    logits = (x.abs() @ weight.abs().T).max().item()
+    dloss = results["outgoing_loss"]
+    found = row_cancellation(logits, dloss, inputs, inputs["target"].numel())
+    dlogits = found["dlogits"]
+    return {
+        "loss": found["loss"],
+        "dinput": dlogits * weight.abs().max().item(),
+        "dlinear_weight": dlogits * x.abs().max().item(),
+        "dlinear_bias": dlogits,
+    }
+
+
+SPEC = OpSpec(
+    op="linear_cross_entropy",
+    function=F.linear_cross_entropy,
+    low=low,
+    outputs=("loss",),
+    gradients=("input", "linear_weight", "linear_bias"),
+    cases=CASES,
+    rows=first_axis(
+        ("batch_and_sequence",), ("input", "target"), ("dlinear_weight", "dlinear_bias")
+    ),
+    stored={"linear_cross_entropy_fwd": stored},
+    cancellation=cancellation,
+)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "case"), grid(SPEC))
+def test_contract(backend: str, dtype: torch.dtype, case: Case) -> None:
+    check_contract(SPEC, backend, dtype, case)

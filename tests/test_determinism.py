@@ -1,0 +1,76 @@
+"""The same bits on any number of threads and in any batch, of every compiled backend.
+
+The reference backend is exempt from both: it is made of torch's matrix products and sums, whose
+blocking depends on the shape of the whole batch and on the threads.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+import fastgpt
+from tests.contract import (
+    LOW_DTYPES,
+    Case,
+    OpSpec,
+    device_of,
+    make,
+    outgoing_for,
+    run,
+    same_bits,
+    skip_unless_runs,
+    threads,
+)
+from tests.specs import every
+
+# These differ in whether work is split over rows, over tiles of one head, or over keys.
+MANY_TILES = {
+    "attention": ("just_over_block", "window_across_blocks", "one_query", "everything"),
+    "decode_attention": ("just_over_block",),
+    "varlen_attention": ("just_over_block", "prime_lengths"),
+}
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("spec", "backend"), every(compiled_only=True))
+def test_thread_count_changes_no_bit(spec: OpSpec, backend: str, dtype) -> None:
+    skip_unless_runs(spec.op, backend, dtype)
+    for name in MANY_TILES.get(spec.op, spec.rows.cases):
+        case = spec.case(name)
+        inputs, outgoing = make(spec, case, dtype), outgoing_for(spec, case, dtype)
+        with fastgpt.backend(backend):
+            with threads(1):
+                alone = run(spec, spec.function, inputs, outgoing, device_of(backend))
+            for count in (2, 3):
+                with threads(count):
+                    several = run(spec, spec.function, inputs, outgoing, device_of(backend))
+                same_bits(f"{name} on {count} threads", several, alone)
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("spec", "backend"), every(compiled_only=True))
+def test_batch_changes_no_bit(spec: OpSpec, backend: str, dtype) -> None:
+    skip_unless_runs(spec.op, backend, dtype)
+    for name in spec.rows.cases:
+        check_elements(spec, backend, dtype, spec.case(name))
+
+
+def check_elements(spec: OpSpec, backend: str, dtype, case: Case) -> None:
+    """The first and the last element of the batch, each alone, have the bits they have in it."""
+    rows = spec.rows
+    inputs, outgoing = make(spec, case, dtype), outgoing_for(spec, case, dtype)
+    device = device_of(backend)
+    with fastgpt.backend(backend):
+        together = run(spec, spec.function, inputs, outgoing, device)
+        for i in (0, rows.count(inputs) - 1):
+
+            def own_outgoing(name, output, i=i):
+                return rows.of_result(inputs, name, outgoing(name, together[name]), i)
+
+            alone = run(spec, spec.function, rows.of_inputs(inputs, i), own_outgoing, device)
+            want = {
+                name: own
+                for name, result in together.items()
+                if (own := rows.of_result(inputs, name, result, i)) is not None
+            }
+            same_bits(f"{case.id}, element {i} alone", alone, want)
