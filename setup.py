@@ -21,7 +21,9 @@ BYTES_PER_JOB = 1.5e9  # what one compiler needs at its largest file
 
 def compiler() -> str | None:
     """The C++ compiler that CMake would use, None if there is none."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    return next(
+        filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None
+    )
 
 
 def nvcc() -> str | None:
@@ -66,7 +68,9 @@ class CMakeBuild(build_ext):
         torch = importlib.util.find_spec("torch")
         pybind11 = importlib.util.find_spec("pybind11")
         if torch is None or pybind11 is None:
-            sys.exit("fastgpt: building needs torch and pybind11: pip install torch cmake ninja pybind11")
+            sys.exit(
+                "fastgpt: building needs torch and pybind11: pip install torch cmake ninja pybind11"
+            )
         build = Path(self.build_temp).resolve()
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         cuda = nvcc()

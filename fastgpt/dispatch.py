@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastgpt.backends import native
 
-
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_DTYPES = (*NATIVE_DTYPES, torch.float64)
 
@@ -33,9 +32,7 @@ class Cell:
     max_head_dim: int | None = None
 
     def accepts(self, dtype: torch.dtype, head_dim: int) -> bool:
-        return dtype in self.dtypes and (
-            self.max_head_dim is None or head_dim <= self.max_head_dim
-        )
+        return dtype in self.dtypes and (self.max_head_dim is None or head_dim <= self.max_head_dim)
 
     def refusal(self, dtype: torch.dtype, head_dim: int) -> str | None:
         if dtype not in self.dtypes:
@@ -86,7 +83,9 @@ def _probe(backend: str) -> str | None:
     return None
 
 
-def refusal(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> str | None:
+def refusal(
+    op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0
+) -> str | None:
     """Why `backend` would not run `op` on such a tensor; None if it would."""
     if backend not in BACKENDS:
         return f"no such backend; there are {', '.join(BACKENDS)}"
@@ -219,7 +218,9 @@ def report_fallback(op: str, reason: str) -> None:
         RuntimeError: a backend is forced.
     """
     if _forced is not None and _forced != "reference":
-        raise RuntimeError(f"{op}: backend {_forced!r} is forced, but this call needs torch: {reason}")
+        raise RuntimeError(
+            f"{op}: backend {_forced!r} is forced, but this call needs torch: {reason}"
+        )
     if (_observer is not None or _logging) and not torch.compiler.is_compiling():
         _observe(Choice(op, "torch", "torch's own kernel", {"fastgpt": reason}))
 
@@ -276,10 +277,10 @@ def kernel(op: str, backend: str, name: str) -> Callable[..., Any]:
     if backend in ("cpu", "cuda"):
         overload = getattr(torch.ops.fastgpt, name).default
         if torch.compiler.is_compiling():
-            return overload  # type: ignore[no-any-return]
+            return overload
         return functools.partial(_call_native, overload)
     module = importlib.import_module(f"fastgpt.backends.{backend}.{MODULES.get(op, op)}")
-    return getattr(module, name)  # type: ignore[no-any-return]
+    return getattr(module, name)
 
 
 def support_matrix() -> str:

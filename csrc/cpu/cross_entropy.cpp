@@ -20,7 +20,9 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
 
-float exp_of(float x) { return exp(set1(x)).v[0]; }
+float exp_of(float x) {
+  return exp(set1(x)).v[0];
+}
 
 int64_t target_of(const TensorRef& target, int64_t row) {
   return static_cast<const int64_t*>(target.data)[row];
@@ -53,16 +55,14 @@ void absorb_row(const T* x, int64_t n, bool smooth, const float* weight, CrossEn
     // -inf - -inf would be NaN; against 0 such logits count as 0
     const float offset = row.top == -kInfinity ? 0.0f : row.top;
     const Vec shift = set1(offset);
-    row.sum += sum_vectors(size, [&](int64_t i, int lanes) {
-      return exp(load_lanes(block + i, lanes) - shift);
-    });
+    row.sum += sum_vectors(
+        size, [&](int64_t i, int lanes) { return exp(load_lanes(block + i, lanes) - shift); });
     if (!smooth) continue;
     // relative to the offset, so that logits far from 0 lose no digits
     double total = static_cast<double>(size);
     if (weight != nullptr) {
-      total = sum_vectors(size, [&](int64_t i, int lanes) {
-        return load_lanes(weight + first + i, lanes);
-      });
+      total = sum_vectors(
+          size, [&](int64_t i, int lanes) { return load_lanes(weight + first + i, lanes); });
     }
     const double relative = sum_vectors(size, [&](int64_t i, int lanes) {
       const Vec distance = load_lanes(block + i, lanes) - shift;
@@ -76,7 +76,8 @@ template <typename T>
 void absorb(const CrossEntropyAbsorb& p) {
   const int64_t r = p.x.size[0], n = p.x.size[1];
   const bool smooth = p.options.label_smoothing > 0.0;
-  const float* weight = p.weight ? static_cast<const float*>(p.weight.data) + p.first_class : nullptr;
+  const float* weight =
+      p.weight ? static_cast<const float*>(p.weight.data) + p.first_class : nullptr;
   parallel_for(r, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       CrossEntropyRow row = p.rows[i];
@@ -115,7 +116,8 @@ void backward(const CrossEntropyBwd& p) {
   const double hard = 1.0 - o.label_smoothing;
   const double soft = o.label_smoothing / static_cast<double>(o.classes);
   const double all = kSmooth ? total_weight(p.weight, o.classes) : 0.0;
-  const float* weight = p.weight ? static_cast<const float*>(p.weight.data) + p.first_class : nullptr;
+  const float* weight =
+      p.weight ? static_cast<const float*>(p.weight.data) + p.first_class : nullptr;
   parallel_for(r, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* x = row_of<T>(p.x, i);

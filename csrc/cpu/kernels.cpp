@@ -7,6 +7,16 @@ inline namespace FASTGPT_ISA {
 const CpuKernels kernels = {
     layer_norm_fwd_kernel,
     layer_norm_bwd_kernel,
+    softmax_fwd_kernel,
+    softmax_bwd_kernel,
+    masked_softmax_fwd_kernel,
+    masked_softmax_bwd_kernel,
+    bias_gelu_fwd_kernel,
+    bias_gelu_bwd_kernel,
+    cross_entropy_absorb_kernel,
+    cross_entropy_finish_kernel,
+    cross_entropy_bwd_kernel,
+    add_column_sums_kernel,
 };
 
 }  // namespace FASTGPT_ISA

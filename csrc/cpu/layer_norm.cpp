@@ -1,5 +1,6 @@
 // y = (x - mean) * rstd * weight + bias, rstd = (var + eps)^-1/2, exact two-pass variance.
-// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds with g = dy * weight, xhat the normalized x.
+// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds with g = dy * weight, xhat the normalized
+// x.
 //
 // Plan: threads over rows; a row stays in L1 between its passes. dweight and dbias: one partial sum
 // per chunk of rows (a function of r alone), added in ascending order.
@@ -101,16 +102,16 @@ void backward_row(const LayerNormBwd& p, int64_t row, const float* weight, float
   };
   const float inverse_n = 1.0f / static_cast<float>(n);
   const Vec mean_g = set1(sum_row(n, g_at) * inverse_n);
-  const Vec mean_gx = set1(sum_row(n,
-                                   [&](int64_t i, int lanes) {
-                                     // g is 0 in the lanes beyond the row, but 0 * inf is not
-                                     const Vec xhat = xhat_at(i, lanes);
-                                     const Vec kept = lanes == Vec::width
-                                                          ? xhat
-                                                          : select(first_lanes(lanes), xhat, zero());
-                                     return g_at(i, lanes) * kept;
-                                   }) *
-                           inverse_n);
+  const Vec mean_gx =
+      set1(sum_row(n,
+                   [&](int64_t i, int lanes) {
+                     // g is 0 in the lanes beyond the row, but 0 * inf is not
+                     const Vec xhat = xhat_at(i, lanes);
+                     const Vec kept =
+                         lanes == Vec::width ? xhat : select(first_lanes(lanes), xhat, zero());
+                     return g_at(i, lanes) * kept;
+                   }) *
+           inverse_n);
   for_vectors(n, [&](int64_t i, int lanes) {
     const Vec xhat = xhat_at(i, lanes);
     Vec d = rstd * ((g_at(i, lanes) - mean_g) - xhat * mean_gx);

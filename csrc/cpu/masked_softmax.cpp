@@ -2,9 +2,10 @@
 // dscores = scale * y * (dy - sum(dy * y)) over the same keys.
 //
 // Plan: items of a few query rows handed to the threads; of each row only the band is read, the
-// rest of the output is filled with zeros. A row is walked in blocks that stay in L1 (softmax_row.h).
-// Bytes: forward reads the band of scores and writes y (r sq sk); backward reads the band of dy and
-// y and writes dscores. Flops: about 20 per visible entry forward, 5 backward: memory-bound.
+// rest of the output is filled with zeros. A row is walked in blocks that stay in L1
+// (softmax_row.h). Bytes: forward reads the band of scores and writes y (r sq sk); backward reads
+// the band of dy and y and writes dscores. Flops: about 20 per visible entry forward, 5 backward:
+// memory-bound.
 #include "csrc/ops/masked_softmax.h"
 
 #include "csrc/common/dispatch.h"

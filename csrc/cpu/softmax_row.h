@@ -11,9 +11,13 @@ constexpr int64_t kRowBlock = 2048;
 constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 
-inline int64_t row_blocks(int64_t n) { return (n + kRowBlock - 1) / kRowBlock; }
+inline int64_t row_blocks(int64_t n) {
+  return (n + kRowBlock - 1) / kRowBlock;
+}
 
-inline float exp2_of(float x) { return exp2(set1(x)).v[0]; }
+inline float exp2_of(float x) {
+  return exp2(set1(x)).v[0];
+}
 
 // f(sum, term) folded over term(i, lanes) of [0, n), lanes beyond n standing at fill, in four
 // independent chains.
@@ -38,8 +42,7 @@ FASTGPT_INLINE Vec fold_vectors(int64_t n, float fill, const Fold& fold, const T
 
 template <typename Term>
 FASTGPT_INLINE float max_vectors(int64_t n, const Term& term) {
-  return reduce_max(
-      fold_vectors(n, -kInfinity, [](Vec a, Vec b) { return max(a, b); }, term));
+  return reduce_max(fold_vectors(n, -kInfinity, [](Vec a, Vec b) { return max(a, b); }, term));
 }
 
 template <typename Term>

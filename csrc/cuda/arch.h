@@ -7,8 +7,8 @@ constexpr int kWarp = 32;
 constexpr int kMaxBlockThreads = 1024;
 
 struct Arch {
-  int capability;       // 10 * major + minor
-  int shared_per_block; // bytes that one block may have when it opts in
+  int capability;        // 10 * major + minor
+  int shared_per_block;  // bytes that one block may have when it opts in
   int multiprocessors;
 };
 

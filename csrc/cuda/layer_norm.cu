@@ -1,5 +1,6 @@
 // y = (x - mean) * rstd * weight + bias, rstd = (var + eps)^-1/2, exact two-pass variance.
-// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds with g = dy * weight, xhat the normalized x.
+// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds with g = dy * weight, xhat the normalized
+// x.
 //
 // Plan: one block a row, as wide as n needs, the row in registers (a long row is read again, from
 // L2). Backward: one block a chunk of rows, dweight and dbias in a float row of the workspace per
@@ -179,7 +180,9 @@ __global__ void layer_norm_bwd_sum_kernel(const float* g_sums, int64_t chunks, i
 
 constexpr int64_t kMaxChunks = 512;
 
-int64_t chunk_rows_of(int64_t r) { return (r + kMaxChunks - 1) / kMaxChunks; }
+int64_t chunk_rows_of(int64_t r) {
+  return (r + kMaxChunks - 1) / kMaxChunks;
+}
 
 bool aligned(const TensorRef& t, int pack, int element_bytes) {
   if (t.data == nullptr) return true;
@@ -187,7 +190,9 @@ bool aligned(const TensorRef& t, int pack, int element_bytes) {
   return start && (t.stride[0] % pack == 0 || t.size[0] == 1);
 }
 
-int element_bytes(const TensorRef& t) { return t.dtype == DType::f32 ? 4 : 2; }
+int element_bytes(const TensorRef& t) {
+  return t.dtype == DType::f32 ? 4 : 2;
+}
 
 // f(Type<T>, Type<Y>, pack size, whether a row fits the registers, threads of a block).
 template <typename F>
@@ -205,9 +210,8 @@ void specialize(const TensorRef& x, const TensorRef& y, std::initializer_list<Te
     using T = typename decltype(tx)::type;
     const auto with_y = [&](auto ty) {
       visit_bool(vector, [&](auto v) {
-        visit_bool(cached, [&](auto c) {
-          f(tx, ty, Constant<decltype(v)::kValue ? 4 : 1>{}, c, threads);
-        });
+        visit_bool(cached,
+                   [&](auto c) { f(tx, ty, Constant<decltype(v)::kValue ? 4 : 1>{}, c, threads); });
       });
     };
     y.dtype == x.dtype ? with_y(Type<T>{}) : with_y(Type<float>{});

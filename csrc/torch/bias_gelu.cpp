@@ -7,7 +7,7 @@ namespace {
 
 Tensor bias_gelu_fwd(Tensor x, std::optional<Tensor> bias, bool tanh) {
   Tensor y = empty(x, {x.size(0), x.size(1)});
-  if (x.numel() != 0) cpu::bias_gelu_fwd({ref(x), ref(bias), ref(y), tanh});
+  if (x.numel() != 0) cpu::bias_gelu_fwd({view(x), view(bias), view(y), tanh});
   return y;
 }
 
@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy, Tensor x, std::optional<Tens
   if (x.numel() == 0) {
     torch::stable::zero_(dbias);
   } else {
-    cpu::bias_gelu_bwd({ref(dy), ref(x), ref(bias), ref(dx), ref_unless_empty(dbias), tanh});
+    cpu::bias_gelu_bwd({view(dy), view(x), view(bias), view(dx), view_unless_empty(dbias), tanh});
   }
   return {dx, dbias};
 }

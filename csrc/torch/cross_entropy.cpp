@@ -21,9 +21,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target,
   const std::optional<Tensor> weights = widened(weight);
   std::vector<CrossEntropyRow> rows(x.size(0));
   if (x.numel() != 0) {
-    cpu::cross_entropy_absorb({ref(x), ref(target), ref(weights), 0, options, rows.data()});
+    cpu::cross_entropy_absorb({view(x), view(target), view(weights), 0, options, rows.data()});
   }
-  const CrossEntropyResult result = finish(target, ref(weights), options, rows.data());
+  const CrossEntropyResult result = finish(target, view(weights), options, rows.data());
   return {result.loss, result.lse, result.weight_sum};
 }
 
@@ -36,8 +36,8 @@ Tensor cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, std::optional<Te
   const std::optional<Tensor> weights = widened(weight);
   Tensor dx = empty(x, {x.size(0), x.size(1)});
   if (x.numel() != 0) {
-    cpu::cross_entropy_bwd({ref(dloss), ref(x), ref(target), ref(weights), ref(lse),
-                            ref(weight_sum), ref(dx), 0, options});
+    cpu::cross_entropy_bwd({view(dloss), view(x), view(target), view(weights), view(lse),
+                            view(weight_sum), view(dx), 0, options});
   }
   return dx;
 }

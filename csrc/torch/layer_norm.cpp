@@ -40,9 +40,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, std::optional<Tensor
   return {y, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
-    Tensor x, Tensor residual, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
-    ScalarType out_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual,
+                                                              std::optional<Tensor> weight,
+                                                              std::optional<Tensor> bias,
+                                                              double eps, ScalarType out_dtype) {
   const int64_t r = x.size(0), n = x.size(1);
   Tensor y = empty(x, {r, n}, out_dtype);
   Tensor s = empty(x, {r, n});

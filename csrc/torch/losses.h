@@ -28,8 +28,8 @@ inline CrossEntropyResult finish(const Tensor& target, const TensorRef& weight,
   Tensor loss = torch::stable::new_empty(target, {}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(target, {r}, ScalarType::Float);
   Tensor weight_sum = torch::stable::new_empty(target, {}, ScalarType::Float);
-  cpu::cross_entropy_finish({rows, ref(target), weight, o, ref(row_loss), ref(loss), ref(lse),
-                             ref(weight_sum)});
+  cpu::cross_entropy_finish(
+      {rows, view(target), weight, o, view(row_loss), view(loss), view(lse), view(weight_sum)});
   return {o.reduction == Reduction::none ? row_loss : loss, lse, weight_sum};
 }
 

@@ -10,7 +10,7 @@ Tensor masked_softmax_fwd(Tensor scores, double scale, bool causal, std::optiona
   Tensor y = empty(scores, {scores.size(0), scores.size(1), scores.size(2)}, out_dtype);
   if (scores.numel() != 0) {
     const Band band{causal, window.value_or(0)};
-    cpu::masked_softmax_fwd({ref(scores), ref(y), static_cast<float>(scale), band});
+    cpu::masked_softmax_fwd({view(scores), view(y), static_cast<float>(scale), band});
   }
   return y;
 }
@@ -20,7 +20,7 @@ Tensor masked_softmax_bwd(Tensor dy, Tensor y, double scale, bool causal,
   Tensor dscores = empty(y, {y.size(0), y.size(1), y.size(2)}, in_dtype);
   if (y.numel() != 0) {
     const Band band{causal, window.value_or(0)};
-    cpu::masked_softmax_bwd({ref(dy), ref(y), ref(dscores), static_cast<float>(scale), band});
+    cpu::masked_softmax_bwd({view(dy), view(y), view(dscores), static_cast<float>(scale), band});
   }
   return dscores;
 }

@@ -9,6 +9,8 @@ void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
 }
 
-int max_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+int max_threads() {
+  return static_cast<int>(torch::stable::get_num_threads());
+}
 
 }  // namespace fastgpt

@@ -7,13 +7,13 @@ namespace {
 
 Tensor softmax_fwd(Tensor x, ScalarType out_dtype) {
   Tensor y = empty(x, {x.size(0), x.size(1)}, out_dtype);
-  if (x.numel() != 0) cpu::softmax_fwd({ref(x), ref(y)});
+  if (x.numel() != 0) cpu::softmax_fwd({view(x), view(y)});
   return y;
 }
 
 Tensor softmax_bwd(Tensor dy, Tensor y, ScalarType in_dtype) {
   Tensor dx = empty(y, {y.size(0), y.size(1)}, in_dtype);
-  if (y.numel() != 0) cpu::softmax_bwd({ref(dy), ref(y), ref(dx)});
+  if (y.numel() != 0) cpu::softmax_bwd({view(dy), view(y), view(dx)});
   return dx;
 }
 

@@ -67,6 +67,17 @@ def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
     return all(size == 1 or size == whole for size, whole in zip(shape, trailing, strict=True))
 
 
+def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors, each its own object: torch.compile refuses an autograd.Function that gets
+    one tensor twice, as attention(x, x, x) does."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    seen: list[Tensor] = []
+    for tensor in tensors:
+        seen.append(tensor.view_as(tensor) if any(tensor is s for s in seen) else tensor)
+    return tuple(seen)
+
+
 def empty_token_major(x: Tensor, b: int, h: int, s: int, d: int) -> Tensor:
     """Uninitialised (b, h, s, d), stored as (b, s, h, d)."""
     return x.new_empty((b, s, h, d)).transpose(1, 2)

@@ -14,6 +14,7 @@ from fastgpt.ops._attention_checks import (
     cast_together,
     check_qkv,
     check_scale,
+    distinct,
     empty_token_major,
 )
 from fastgpt.ops._autograd import needs_grad, once
@@ -168,9 +169,7 @@ def run_attention(
     if backend != "reference" and needs_grad(q, k, v, bias):
         return _Attention.apply(
             backend,
-            q,
-            k,
-            v,
+            *distinct(q, k, v),
             bias,
             key_padding_mask,
             mask,
@@ -233,8 +232,7 @@ def _check_alibi_slopes(slopes: Tensor, q: Tensor) -> None:
     shape = tuple(slopes.shape)
     if shape != (h,) and shape != (b, h):
         raise ValueError(
-            f"alibi_slopes: expected shape (h,) = {(h,)} or (b, h) = {(b, h)}, "
-            f"got {shape}"
+            f"alibi_slopes: expected shape (h,) = {(h,)} or (b, h) = {(b, h)}, got {shape}"
         )
     check_same_device("alibi_slopes", slopes, "q", q)
     if needs_grad(slopes):

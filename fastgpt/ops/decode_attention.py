@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
+from fastgpt.backends.reference import decode_attention as reference
 from fastgpt.ops._attention_checks import check_heads, check_scale, empty_token_major
 from fastgpt.ops._autograd import needs_grad
 from fastgpt.ops._checks import (
@@ -104,7 +105,10 @@ def decode_attention(
     if host_checks(backend, cache_lengths):
         t_new = 0 if k_new is None else k_new.shape[2]
         _check_contents(cache_lengths, None if ring else k_cache.shape[2], t_new)
-    out, lse = dispatch.kernel("decode_attention", backend, "decode_attention")(
+    run = reference.decode_attention
+    if backend != "reference":
+        run = dispatch.kernel("decode_attention", backend, "decode_attention")
+    out, lse = run(
         unit_stride(q),
         k_cache,
         v_cache,

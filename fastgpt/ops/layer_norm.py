@@ -160,7 +160,7 @@ class _LayerNorm(torch.autograd.Function):
         y, mean, rstd = run(x, weight, bias, eps, out_dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.backend = backend
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import varlen_attention as reference
-from fastgpt.ops._attention_checks import cast_together, check_heads, check_scale
+from fastgpt.ops._attention_checks import cast_together, check_heads, check_scale, distinct
 from fastgpt.ops._autograd import needs_grad, once
 from fastgpt.ops._checks import (
     check_rank,
@@ -96,15 +96,14 @@ def varlen_attention(
     if host_checks(backend, cu_seqlens_q):
         _check_contents("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
         _check_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
-    documents = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (max_seqlen_q, max_seqlen_k, scale, causal, window)
     if backend != "reference" and needs_grad(q, k, v):
-        return _VarlenAttention.apply(
-            backend, q, k, v, *documents, scale, causal, window, return_lse
-        )
+        tensors = distinct(q, k, v, cu_seqlens_q, cu_seqlens_k)
+        return _VarlenAttention.apply(backend, *tensors, *options, return_lse)
     run = reference.varlen_attention_fwd
     if backend != "reference":
         run = dispatch.kernel("varlen_attention", backend, "varlen_attention_fwd")
-    out, lse, _ = run(q, k, v, *documents, scale, causal, window, False)
+    out, lse, _ = run(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, False)
     return (out, lse) if return_lse else out
 
 

@@ -37,14 +37,12 @@ def layer_norm_bwd(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds with g = dy * weight; dweight, dbias."""
+    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds with g = dy * weight, and the sums."""
     wide = mean.dtype
     dy = dy.to(wide)
     xhat = (x.to(wide) - mean[:, None]) * rstd[:, None]
     g = dy if weight is None else dy * weight.to(wide)
-    dx = rstd[:, None] * (
-        g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)
-    )
+    dx = rstd[:, None] * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True))
     if ds is not None:
         dx = dx + ds.to(wide)
     none = dy.new_empty(0)

@@ -1,0 +1,77 @@
+#include "csrc/ops/attention.h"
+
+#include "csrc/torch/attention_common.h"
+
+namespace fastgpt::binding {
+namespace {
+
+AttentionInputs inputs(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal,
+                       std::optional<int64_t> window, int64_t query_offset,
+                       const std::optional<Tensor>& key_padding_mask,
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                       const std::optional<Tensor>& alibi_slopes, double dropout_p,
+                       const std::optional<Tensor>& dropout_seed) {
+  AttentionInputs in;
+  in.q = view(q);
+  in.k = view(k);
+  in.v = view(v);
+  in.key_padding_mask = view(key_padding_mask);
+  in.bias = view(bias);
+  in.mask = view(mask);
+  in.alibi_slopes = view(alibi_slopes);
+  in.dropout_seed = view(dropout_seed);
+  in.scale = static_cast<float>(scale);
+  in.dropout_p = dropout_p;
+  in.causal = causal;
+  in.window = window.value_or(0);
+  in.query_offset = query_offset;
+  return in;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_fwd(
+    Tensor q, Tensor k, Tensor v, double scale, bool causal, std::optional<int64_t> window,
+    int64_t query_offset, std::optional<Tensor> key_padding_mask, std::optional<Tensor> bias,
+    std::optional<Tensor> mask, std::optional<Tensor> alibi_slopes, double dropout_p,
+    std::optional<Tensor> dropout_seed, bool need_out_lo) {
+  const int64_t b = q.size(0), h = q.size(1), sq = q.size(2), d = q.size(3);
+  Tensor out = token_major(q, b, h, sq, d);
+  Tensor lse = empty(q, {b, h, sq}, ScalarType::Float);
+  Tensor out_lo = stores_out_lo(q, need_out_lo) ? token_major(q, b, h, sq, d) : empty(q, {0});
+  if (q.numel() != 0) {
+    cpu::attention_fwd({inputs(q, k, v, scale, causal, window, query_offset, key_padding_mask, bias,
+                               mask, alibi_slopes, dropout_p, dropout_seed),
+                        view(out), view(lse), view_unless_empty(out_lo)});
+  }
+  return {out, lse, out_lo};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    Tensor out_lo, double scale, bool causal, std::optional<int64_t> window, int64_t query_offset,
+    std::optional<Tensor> key_padding_mask, std::optional<Tensor> bias, std::optional<Tensor> mask,
+    std::optional<Tensor> alibi_slopes, double dropout_p, std::optional<Tensor> dropout_seed,
+    bool need_dbias) {
+  const int64_t b = q.size(0), h = q.size(1), sq = q.size(2), d = q.size(3);
+  const int64_t hk = k.size(1), sk = k.size(2);
+  Tensor dq = token_major(q, b, h, sq, d);
+  Tensor dk = token_major(k, b, hk, sk, d);
+  Tensor dv = token_major(v, b, hk, sk, d);
+  const bool has_dbias = need_dbias && bias.has_value();
+  Tensor dbias = has_dbias ? empty(q, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)},
+                                   ScalarType::Float)
+                           : empty(q, {0}, ScalarType::Float);
+  cpu::attention_bwd({inputs(q, k, v, scale, causal, window, query_offset, key_padding_mask, bias,
+                             mask, alibi_slopes, dropout_p, dropout_seed),
+                      view(dout), view(dlse), view(out), view(lse), view_unless_empty(out_lo), view(dq),
+                      view(dk), view(dv), view_unless_empty(dbias)});
+  return {dq, dk, dv, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+}
+
+}  // namespace fastgpt::binding

@@ -1,0 +1,18 @@
+// What the attention bindings share.
+#pragma once
+
+#include "csrc/torch/common.h"
+
+namespace fastgpt::binding {
+
+// A new (b, h, s, d) tensor stored as (b, s, h, d).
+inline Tensor token_major(const Tensor& like, int64_t b, int64_t h, int64_t s, int64_t d) {
+  return torch::stable::transpose(empty(like, {b, s, h, d}), 1, 2);
+}
+
+// float32 outputs lose nothing that out_lo could keep.
+inline bool stores_out_lo(const Tensor& q, bool need_out_lo) {
+  return need_out_lo && q.scalar_type() != ScalarType::Float;
+}
+
+}  // namespace fastgpt::binding
