@@ -63,15 +63,15 @@ $(VENV)/.created:
 # The build tools: fetched, or those that are here where nothing can be fetched.
 $(VENV)/.tools: $(VENV)/.created
 	@$(RUN) -c 'import torch' 2>/dev/null || $(PIP) install "$(TORCH)"
-	$(PIP) install --upgrade "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13" || \
+	$(PIP) install -q --upgrade "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13" || \
 	  { $(WITH_TOOLS) command -v cmake && $(WITH_TOOLS) command -v ninja && \
 	    $(RUN) -c 'import pybind11, setuptools'; }
 	@touch $@
 
 # Packages, and fastgpt itself as a link to this folder; the kernels have a build of their own.
 $(VENV)/.packages-%: $(VENV)/.tools pyproject.toml
-	FASTGPT_NATIVE=0 $(PIP) install --no-build-isolation -e ".[$*]" || { test "$(OFFLINE)" && \
-	  FASTGPT_NATIVE=0 $(PIP) install --no-build-isolation --no-deps -e .; }
+	FASTGPT_NATIVE=0 $(PIP) install -q --no-build-isolation -e ".[$*]" || { test "$(OFFLINE)" && \
+	  FASTGPT_NATIVE=0 $(PIP) install -q --no-build-isolation --no-deps -e .; }
 	@touch $@
 
 # Incremental: only what changed is compiled again.

@@ -65,12 +65,13 @@ class CMakeBuild(build_ext):
         if reason is not None:
             self.warn(f"fastgpt installs as pure Python: {reason}")
             return
+        # pip may run without the environment's scripts, cmake and ninja among them, on PATH.
+        path = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
         torch = importlib.util.find_spec("torch")
         pybind11 = importlib.util.find_spec("pybind11")
-        if torch is None or pybind11 is None:
-            sys.exit(
-                "fastgpt: building needs torch and pybind11: pip install torch cmake ninja pybind11"
-            )
+        tools = [shutil.which(tool, path=path) for tool in ("cmake", "ninja")]
+        if None in (torch, pybind11, *tools):
+            sys.exit("fastgpt: building needs: pip install torch cmake ninja pybind11")
         build = Path(self.build_temp).resolve()
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         cuda = nvcc()
@@ -95,7 +96,7 @@ class CMakeBuild(build_ext):
             ["cmake", "--install", str(build), "--prefix", str(target)],
         ):
             print("fastgpt:", " ".join(command), flush=True)
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, env={**os.environ, "PATH": path})
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in Path(self.build_lib).glob("fastgpt/*.so")]

@@ -52,7 +52,9 @@ def table(path: Path) -> str:
         assert GROUP.fullmatch(group)
         ours = peers.get("fastgpt")
         others = [f"{name} {ms:.3f}" for name, ms in peers.items() if name != "fastgpt"]
-        lines.append(f"{group}: fastgpt {'-' if ours is None else f'{ours:.3f}'} ms; " + ", ".join(others))
+        lines.append(
+            f"{group}: fastgpt {'-' if ours is None else f'{ours:.3f}'} ms; " + ", ".join(others)
+        )
     return "\n".join(lines)
 
 

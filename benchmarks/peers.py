@@ -84,9 +84,7 @@ def _flash_attn(shape: Attention, device: torch.device) -> Function:
     left = -1 if shape.window is None else shape.window - 1
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(
-            *(x.transpose(1, 2) for x in (q, k, v)), causal=True, window_size=(left, 0)
-        )
+        out = function(*(x.transpose(1, 2) for x in (q, k, v)), causal=True, window_size=(left, 0))
         return out.transpose(1, 2)  # type: ignore[no-any-return]
 
     return run

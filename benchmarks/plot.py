@@ -18,7 +18,7 @@ GROUP = re.compile(r"(?P<op>\w+) (?P<shape>\S+) torch\.(?P<dtype>\w+) (?P<direct
 
 
 def load(paths: list[Path]) -> tuple[dict[str, Any], dict[str, dict[str, dict[str, float]]]]:
-    """The machine, and title -> peer -> shape -> rate (TFLOP/s where flops are known, else GB/s)."""
+    """The machine, and title -> peer -> shape -> rate (TFLOP/s if flops are known, else GB/s)."""
     machine: dict[str, Any] = {}
     figures: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for path in paths:

@@ -7,9 +7,7 @@ from fastgpt import GPT, GPTConfig
 
 def main() -> None:
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(vocab_size=32, n_positions=64, n_layer=2, n_embd=64, n_head=4, window=16)
-    )
+    model = GPT(GPTConfig(vocab_size=32, n_positions=64, n_layer=2, n_embd=64, n_head=4, window=16))
     ids = (torch.arange(64) * 5 % 32).repeat(4, 1)  # (b, s): 0 5 10 15 20 25 30 3 8 ...
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(40):

@@ -24,6 +24,7 @@ from fastgpt.config import GPTConfig
 if TYPE_CHECKING:
     from fastgpt.model import GPT
 
+FLOATS = ("F64", "F32", "F16", "BF16")
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODEL_TYPE = "fastgpt"
 _LISTED = 20
@@ -69,7 +70,7 @@ def from_pretrained(
 
     Raises:
         ValueError: `folder` is no checkpoint, its configuration is of another kind of model, or
-            tensors are missing, misshapen or unexpected: one message that lists them all.
+            tensors are missing, misshapen, no floats or unexpected: one message lists them all.
     """
     values = _read_config(folder)
     model_type = values.pop("model_type", None)
@@ -133,11 +134,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor in a safetensors file: its shape is known, its data not yet read."""
+    """One tensor in a safetensors file: shape and dtype are known, its data not yet read."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str
 
     def read(self) -> Tensor:
         with safe_open(self.path, framework="pt") as file:
@@ -151,8 +153,9 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    shape = tuple(file.get_slice(name).get_shape())
-                    stored[name] = _Stored(path, name, shape)
+                    view = file.get_slice(name)
+                    shape = tuple(view.get_shape())
+                    stored[name] = _Stored(path, name, shape, view.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: expected a safetensors file, got: {error}") from error
     return stored
@@ -206,8 +209,8 @@ def _check(
     shapes: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, _Stored],
 ) -> None:
-    """One ValueError that lists every missing, misshapen and unexpected tensor."""
-    missing, misshapen, used = [], [], set()
+    """One ValueError that lists every tensor that is missing, misshapen, no float, unexpected."""
+    missing, misshapen, not_float, used = [], [], [], set()
     for name, recipe in plan.items():
         expected = recipe.source_shape(shapes[name])
         for source in recipe.sources:
@@ -216,12 +219,15 @@ def _check(
                 missing.append(source)
             elif stored[source].shape != expected:
                 misshapen.append(f"{source} (expected {expected}, got {stored[source].shape})")
+            elif stored[source].dtype not in FLOATS:
+                not_float.append(f"{source} ({stored[source].dtype})")
     unexpected = [name for name in stored if name not in used]
     problems = [
         f"{kind}: {_listed(names)}"
         for kind, names in (
             ("missing", missing),
             ("misshapen", misshapen),
+            ("not float", not_float),
             ("unexpected", unexpected),
         )
         if names

@@ -44,11 +44,11 @@ def _errors_as_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"fastgpt: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True).print(f"fastgpt: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
         message = f"fastgpt: {error.name} is missing; pip install 'fastgpt[cli]'"
-        Console(stderr=True).print(message, style="red", markup=False, highlight=False)
+        Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -104,7 +104,7 @@ def demo(
         from fastgpt.demo import DemoOptions, run
 
         options = DemoOptions(
-            texts=tuple([*(text or []), *(more or [])]),
+            texts=(*(text or []), *(more or [])),
             steps=steps,
             seed=seed,
             out=out,
@@ -159,7 +159,7 @@ def train(
             dtype=getattr(torch, dtype),
         )
         data = corpus.read_corpus([*(text or []), *(more or [])], limit=1 << 30, seed=seed)
-        console.print(data.describe(), highlight=False)
+        console.print(data.describe(), highlight=False, soft_wrap=True)
         if resume:
             tokenizer, model = corpus.load_tokenizer(out), GPT.from_pretrained(out)
         else:
@@ -183,7 +183,7 @@ def train(
         if resume:
             trainer.resume(out)
         screen.train(trainer, console, save=lambda: trainer.save(out, tokenizer))
-        console.print(f"model, tokenizer and optimizer state are in {out}", highlight=False)
+        console.print(f"model, tokenizer and optimizer state are in {out}", highlight=False, soft_wrap=True)
 
 
 @app.command()

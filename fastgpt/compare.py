@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastgpt
 from fastgpt.model import GPT
@@ -80,7 +80,7 @@ def compare(model: GPT, folder: Path, input_ids: Tensor, rounds: int = 7) -> Com
     )
 
 
-def _build(variant: str, folder: Path, device: str) -> nn.Module:
+def _build(variant: str, folder: Path, device: str) -> GPT | TorchGPT:
     model = GPT.from_pretrained(folder)
     return (model if variant == "fastgpt" else TorchGPT.like(model)).to(device)
 
@@ -111,11 +111,10 @@ def peak_bytes(variant: str, folder: Path, batch: int, context: int, device: str
     options = TrainOptions(batch=batch, context=context)
     before = _high_water(device)
     model = _build(variant, folder, device).train()
-    vocab_size = model.config.vocab_size
-    input_ids = torch.arange(batch * context).remainder(vocab_size).view(batch, context).to(device)
+    input_ids = torch.arange(batch * context, device=device).remainder(model.config.vocab_size)
     optimizer = adamw(model, options)
     for _ in range(2):
-        training_step(model, optimizer, input_ids, options)
+        training_step(model, optimizer, input_ids.view(batch, context), options)
     return _high_water(device) - before
 
 

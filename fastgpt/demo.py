@@ -48,7 +48,7 @@ def run(options: DemoOptions, console: Console) -> Comparison:
     """
     begin = time.perf_counter()
     data = corpus.read_corpus(options.texts, limit=options.text_bytes, seed=options.seed)
-    console.print(data.describe(), highlight=False)
+    console.print(data.describe(), highlight=False, soft_wrap=True)
     tokenizer = corpus.train_tokenizer(data.train, options.vocab_size)
     train_tokens = corpus.encode(tokenizer, data.train)
     held_out_tokens = corpus.encode(tokenizer, data.held_out)
@@ -57,10 +57,11 @@ def run(options: DemoOptions, console: Console) -> Comparison:
         f"byte-level BPE of {vocab_size} tokens: {train_tokens.numel():,} tokens to train on, "
         f"{held_out_tokens.numel():,} held out",
         highlight=False,
+        soft_wrap=True,
     )
     torch.manual_seed(options.seed)
     model = GPT(small_config(vocab_size, options.context))
-    console.print(_describe(model, options.device), highlight=False)
+    console.print(_describe(model, options.device), highlight=False, soft_wrap=True)
     training = TrainOptions(
         steps=options.steps,
         batch=options.batch,
@@ -91,7 +92,7 @@ def run(options: DemoOptions, console: Console) -> Comparison:
         generator=torch.Generator(options.device).manual_seed(options.seed),
     )
     drawing = time.perf_counter() - drawing
-    console.print(f"{count} tokens in {drawing:.1f} s", highlight=False)
+    console.print(f"{count} tokens in {drawing:.1f} s", highlight=False, soft_wrap=True)
 
     console.print("\nThe same training step with torch's own layers, in turn with ours:")
     comparison = compare(model, options.out, trainer.batch(), options.rounds)
@@ -113,6 +114,7 @@ def run(options: DemoOptions, console: Console) -> Comparison:
         f"curve), {FIGURES_FILE} (these figures).\n"
         f"More of its writing: fastgpt generate --model {options.out} --prompt 'class '",
         highlight=False,
+        soft_wrap=True,
     )
     return comparison
 

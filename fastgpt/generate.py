@@ -21,7 +21,7 @@ class KVCache:
 
     A dense layer keeps `capacity` tokens; a banded one keeps only its window, as a ring in which
     position p lies in slot p mod window. All rows are equally long: shorter prompts are padded on
-    the left, and `start` says where each row begins. No step reads device memory from the host.
+    the left, and `start` says where each row begins. A step of one token never waits for the device.
 
     Args:
         config: the model's.
@@ -81,6 +81,8 @@ class KVCache:
 
     def hide_padding(self, attention_mask: Tensor, t: int) -> None:
         """Take each row's first visible position from a mask over the cached and `t` new tokens.
+
+        The mask is read by the host: give it with the prompt, and leave it out of later steps.
 
         Args:
             attention_mask: (batch, length + t) bool or integer, nonzero = visible. Padding must be

@@ -175,17 +175,15 @@ def explain_call(
     names = layout.split(",")
     if len(shape) != len(names) and not (names[0] == "..." and len(shape) >= len(names) - 1):
         raise ValueError(f"--shape: expected {layout} for {op}, got {','.join(map(str, shape))}")
-    element = getattr(torch, dtype, None)
-    if not isinstance(element, torch.dtype):
-        raise ValueError(f"--dtype: expected float32, bfloat16, float16 or float64, got {dtype!r}")
+    dtypes = {str(d).removeprefix("torch."): d for d in dispatch.REFERENCE_DTYPES}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), torch.no_grad():
-        x = torch.empty(tuple(shape), dtype=element, device=device)
+        x = torch.empty(tuple(shape), dtype=dtypes[dtype], device=device)
         keywords: dict[str, Any] = {"causal": causal}
         if window is not None:
             keywords["window"] = window
         function, args, kwargs = example(x, keywords)
         return str(dispatch.explain(function, *args, **kwargs))
-
-

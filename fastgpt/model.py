@@ -14,9 +14,9 @@ from fastgpt import functional as F
 from fastgpt.config import GPTConfig
 from fastgpt.generate import KVCache, generate
 from fastgpt.nn import DecoderBlock, LayerNorm, visible_keys
+from fastgpt.ops._checks import host_checks
 
 IGNORE_INDEX = -100
-_CHECK_DEVICE_CONTENTS = os.environ.get("FASTGPT_CHECK") == "1"
 
 
 class GPTOutput(NamedTuple):
@@ -143,6 +143,7 @@ class GPT(torch.nn.Module):
                 f"input_ids: expected at most n_positions = {self.config.n_positions} tokens, "
                 f"got {past + s}" + (f" ({past} of them cached)" if past else "")
             )
+        positions = torch.arange(s, device=input_ids.device)
         if cache is None:
             attention_mask = visible_keys(attention_mask, b, s)
             first = None if attention_mask is None else attention_mask.int().argmax(dim=1)
@@ -152,7 +153,8 @@ class GPT(torch.nn.Module):
                 cache.hide_padding(attention_mask, s)
                 attention_mask = None
             first = cache.start
-        positions = torch.arange(past, past + s, device=input_ids.device)
+            # Counted on the device, so that a captured step moves on when it is replayed.
+            positions = positions + cache.lengths[:, None]
         if first is not None:
             positions = (positions - first[:, None]).clamp(min=0)
         x = self.drop(self.wte(input_ids) + self.wpe(positions))
@@ -236,7 +238,7 @@ class GPT(torch.nn.Module):
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"input_ids: expected dtype int64 or int32, got {input_ids.dtype}")
         v = self.config.vocab_size
-        if _may_read(input_ids):
+        if host_checks("reference", input_ids):
             bad = (input_ids < 0) | (input_ids >= v)
             _check_ids("input_ids", input_ids, bad, f"0 to {v - 1}", v)
 
@@ -249,16 +251,9 @@ class GPT(torch.nn.Module):
         if labels.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"labels: expected dtype int64 or int32, got {labels.dtype}")
         v = self.config.vocab_size
-        if _may_read(labels):
+        if host_checks("reference", labels):
             bad = ((labels < 0) | (labels >= v)) & (labels != IGNORE_INDEX)
             _check_ids("labels", labels, bad, f"0 to {v - 1} or {IGNORE_INDEX}", v)
-
-
-def _may_read(ids: Tensor) -> bool:
-    """Whether looking at the contents costs no device synchronisation and breaks no graph."""
-    if torch.compiler.is_compiling():
-        return False
-    return ids.device.type == "cpu" or (_CHECK_DEVICE_CONTENTS and ids.device.type != "meta")
 
 
 def _check_ids(name: str, ids: Tensor, bad: Tensor, expected: str, vocab_size: int) -> None:

@@ -262,7 +262,7 @@ class CausalSelfAttention(torch.nn.Module):
         check_hidden(x, self.n_embd)
         b, s, _ = x.shape
         qkv = self.c_attn(x).view(b, s, 3, self.n_head, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (b, h, s, d), a view
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (b, h, s, d), a view
         if cache is None:
             out = F.attention(
                 q,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgpt.config import GPTConfig
-from fastgpt.model import IGNORE_INDEX, GPT, GPTOutput
+from fastgpt.model import GPT, IGNORE_INDEX, GPTOutput
 
 
 def band_mask(s: int, window: int, device: torch.device | str) -> Tensor:
@@ -65,9 +65,9 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.post_norm:
             x = self.ln_1(x + self.attn(x, mask))
-            return self.ln_2(x + self.mlp(x))  # type: ignore[no-any-return]
+            return self.ln_2(x + self.mlp(x))
         x = x + self.attn(self.ln_1(x), mask)
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+        return x + self.mlp(self.ln_2(x))
 
 
 class TorchGPT(nn.Module):

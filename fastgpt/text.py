@@ -39,7 +39,9 @@ class Corpus:
             f"{self.source}: {sizes[0]:.1f} MB in {len(self.train)} texts to train on, "
             f"{sizes[1]:.1f} MB in {len(self.held_out)} held out"
         )
-        return line + (f" ({self.skipped} files that are not UTF-8 skipped)" if self.skipped else "")
+        return line + (
+            f" ({self.skipped} files that are not UTF-8 skipped)" if self.skipped else ""
+        )
 
 
 def library_files() -> list[Path]:

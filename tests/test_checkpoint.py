@@ -79,6 +79,7 @@ def test_missing_misshapen_and_unexpected_tensors_are_listed_together(tmp_path):
         del tensors["wpe.weight"], tensors["h.2.mlp.c_fc.bias"]
         tensors["ln_f.bias"] = torch.zeros(5)
         tensors["h.3.ln_1.weight"] = torch.zeros(24)
+        tensors["h.0.attn.c_proj.weight"] = torch.zeros(24, 24, dtype=torch.int8)
 
     edit(tmp_path, change)
     with pytest.raises(ValueError, match="the tensors do not fit the model") as error:
@@ -86,6 +87,7 @@ def test_missing_misshapen_and_unexpected_tensors_are_listed_together(tmp_path):
     message = str(error.value)
     assert "missing: h.2.mlp.c_fc.bias, wpe.weight;" in message
     assert "misshapen: ln_f.bias (expected (24,), got (5,));" in message
+    assert "not float: h.0.attn.c_proj.weight (I8);" in message
     assert message.endswith("unexpected: h.3.ln_1.weight")
 
 

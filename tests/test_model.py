@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch.utils.checkpoint import checkpoint
 
+import fastgpt
 from fastgpt import GPT, GPTConfig
 
 SMALL = {
@@ -284,11 +285,36 @@ def test_activation_checkpointing_of_the_blocks():
 
 def test_compiled_model_equals_eager():
     torch._dynamo.reset()
-    model = small(n_layer=2)
+    model, tokens = small(n_layer=1, attention_pattern=("banded",)), ids()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    for s in (7, 12):
-        tokens = ids(2, s)
-        expected = model(tokens, labels=tokens)
-        output = compiled(tokens, labels=tokens)
-        torch.testing.assert_close(output.logits, expected.logits)
-        torch.testing.assert_close(output.loss, expected.loss)
+    expected, output = model(tokens, labels=tokens), compiled(tokens, labels=tokens)
+    torch.testing.assert_close(output.logits, expected.logits)
+    torch.testing.assert_close(output.loss, expected.loss)
+
+
+def test_exported_model_takes_any_length():
+    model, length = small(n_layer=2), torch.export.Dim("s", min=2, max=24)
+    exported = torch.export.export(model, (ids(),), dynamic_shapes={"input_ids": {1: length}})
+    for s in (2, 24):
+        torch.testing.assert_close(exported.module()(ids(2, s)).logits, model(ids(2, s)).logits)
+
+
+def test_gradient_penalty_is_right_on_reference_and_refused_by_the_kernels():
+    model, tokens = small(n_layer=2).double(), ids(1, 7)
+    gradients = []
+    for run in (lambda: model(tokens).logits, lambda: plain_logits(model, tokens)):
+        model.zero_grad()
+        loss = run().square().mean()
+        (first,) = torch.autograd.grad(loss, model.wpe.weight, create_graph=True)
+        first.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected)
+
+    model = model.float()
+    if not str(fastgpt.explain(model, tokens)).count("cpu ("):
+        pytest.skip("the compiled kernels are not there")
+    loss = model(tokens).logits.square().mean()
+    (first,) = torch.autograd.grad(loss, model.wpe.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'fastgpt.backend\("reference"\)'):
+        first.square().sum().backward()

@@ -14,7 +14,14 @@ from fastgpt import GPTConfig, nn
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=32, n_layer=2, n_embd=24, n_head=3, window=4)
 WIDE = GPTConfig(  # as GPT-3 13B: the heads together are not as wide as the residual stream
-    vocab_size=11, n_positions=32, n_layer=2, n_embd=20, n_head=3, head_dim=7, window=4
+    vocab_size=11,
+    n_positions=32,
+    n_layer=2,
+    n_embd=20,
+    n_head=3,
+    head_dim=7,
+    window=4,
+    layer_norm_eps=0.03,
 )
 
 PAIRS = {
@@ -160,6 +167,18 @@ def test_what_no_fused_kernel_gives_comes_from_torch_exactly(arguments, reason, 
     assert explanation.startswith("multihead_attention: torch")
     assert reason in explanation
     assert not str(fastgpt.explain(mha_pair()[0], x, x, x, need_weights=False)).startswith("multi")
+
+
+def test_multihead_attention_drops_weights_in_training_only():
+    ours, theirs = mha_pair(dropout=0.5)
+    x = torch.randn(S, N, E)
+    torch.manual_seed(0)
+    first, second = (ours(x, x, x, need_weights=False)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    ours, theirs = ours.eval(), theirs.eval()
+    torch.testing.assert_close(
+        ours(x, x, x, need_weights=False)[0], theirs(x, x, x, need_weights=False)[0]
+    )
 
 
 def test_query_that_sees_no_key_gives_zero_attention():

@@ -213,6 +213,12 @@ def test_the_reason_for_torch_is_explained():
     assert "value: expected shape" in str(explanation)
 
 
+def test_explaining_draws_no_random_number():
+    before = torch.get_rng_state()
+    fastgpt.explain(F.scaled_dot_product_attention, *inputs(b=0), dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("window", [0, -3])
 def test_window_below_one(window):
     with pytest.raises(ValueError, match=r"window: expected None or an int >= 1, got"):

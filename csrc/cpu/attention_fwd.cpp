@@ -13,6 +13,7 @@
 #include "csrc/cpu/attention_dense.h"
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/parallel.h"
+#include "csrc/cpu/split_attention.h"
 #include "csrc/cpu/tile_gemm.h"
 
 namespace fastgpt {
@@ -134,15 +135,28 @@ void attend_tile(const Head& head, const HeadOut& to, int64_t q0, float* scratch
 void attention_fwd_kernel(const AttentionFwd& p) {
   const TensorRef& q = p.in.q;
   const int64_t heads = q.size[0] * q.size[1], sq = q.size[2];
+  const auto out_of = [&](int64_t b, int64_t h) {
+    return HeadOut{head_rows(p.out, b, h), head_rows(p.out_lo, b, h),
+                   static_cast<float*>(p.lse.data) + (b * q.size[1] + h) * sq};
+  };
+  const Head any = dense_head(p.in, 0, 0);
+  if (sq <= kSplitQueries && !has_features(any) && !any.dropout.on) {
+    const int64_t hk = p.in.k.size[1], group = q.size[1] / hk;
+    split_attention(
+        q.size[0] * hk, group, sq, any.sk, any.d,
+        [&](int64_t unit, int64_t g) {
+          return dense_head(p.in, unit / hk, unit % hk * group + g);
+        },
+        [&](int64_t unit, int64_t g) { return out_of(unit / hk, unit % hk * group + g); });
+    return;
+  }
   const int64_t tiles = ceil_div(sq, kQueryTile);
   const int workers = worker_count(heads * tiles);
   const int d = static_cast<int>(q.size[3]);
   const Scratch scratch(workers * attend_scratch(d) * sizeof(float));
   parallel_items(heads * tiles, workers, [&](int64_t item, int worker) {
     const int64_t b = item / tiles / q.size[1], h = item / tiles % q.size[1];
-    const HeadOut to = {head_rows(p.out, b, h), head_rows(p.out_lo, b, h),
-                        static_cast<float*>(p.lse.data) + (b * q.size[1] + h) * sq};
-    attend_tile(dense_head(p.in, b, h), to, (tiles - 1 - item % tiles) * kQueryTile,
+    attend_tile(dense_head(p.in, b, h), out_of(b, h), (tiles - 1 - item % tiles) * kQueryTile,
                 scratch.at() + worker * attend_scratch(d));
   });
 }

@@ -95,6 +95,16 @@ FASTGPT_INLINE KeyRange queries_of_keys(const Head& head, int64_t begin, int64_t
   return KeyRange{low, clamp(past, low, head.sq)};
 }
 
+// Which owner has `item`, where owner u has the items [first[u], first[u + 1]).
+inline int64_t owner_of(const int64_t* first, int64_t owners, int64_t item) {
+  int64_t low = 0, high = owners;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (first[middle] <= item ? low : high) = middle;
+  }
+  return low;
+}
+
 FASTGPT_INLINE int element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 FASTGPT_INLINE char* row_at(const Rows& rows, DType dtype, int64_t i) {

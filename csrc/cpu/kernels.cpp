@@ -5,6 +5,11 @@ namespace fastgpt {
 inline namespace FASTGPT_ISA {
 
 const CpuKernels kernels = {
+    attention_fwd_kernel,
+    attention_bwd_kernel,
+    varlen_attention_fwd_kernel,
+    varlen_attention_bwd_kernel,
+    decode_attention_kernel,
     layer_norm_fwd_kernel,
     layer_norm_bwd_kernel,
     softmax_fwd_kernel,

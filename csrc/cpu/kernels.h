@@ -1,6 +1,7 @@
 // The CPU kernels of one ISA level: one pointer per entry point of csrc/ops.
 #pragma once
 
+#include "csrc/ops/attention.h"
 #include "csrc/ops/bias_gelu.h"
 #include "csrc/ops/cross_entropy.h"
 #include "csrc/ops/layer_norm.h"
@@ -11,6 +12,11 @@
 namespace fastgpt {
 
 struct CpuKernels {
+  void (*attention_fwd)(const AttentionFwd&);
+  void (*attention_bwd)(const AttentionBwd&);
+  ContentError (*varlen_attention_fwd)(const VarlenAttentionFwd&);
+  ContentError (*varlen_attention_bwd)(const VarlenAttentionBwd&);
+  ContentError (*decode_attention)(const DecodeAttention&);
   void (*layer_norm_fwd)(const LayerNormFwd&);
   void (*layer_norm_bwd)(const LayerNormBwd&);
   void (*softmax_fwd)(const SoftmaxFwd&);
@@ -28,6 +34,11 @@ struct CpuKernels {
 #if defined(FASTGPT_ISA)
 // Defined by the op's file in csrc/cpu, once per level.
 inline namespace FASTGPT_ISA {
+void attention_fwd_kernel(const AttentionFwd& p);
+void attention_bwd_kernel(const AttentionBwd& p);
+ContentError varlen_attention_fwd_kernel(const VarlenAttentionFwd& p);
+ContentError varlen_attention_bwd_kernel(const VarlenAttentionBwd& p);
+ContentError decode_attention_kernel(const DecodeAttention& p);
 void layer_norm_fwd_kernel(const LayerNormFwd& p);
 void layer_norm_bwd_kernel(const LayerNormBwd& p);
 void softmax_fwd_kernel(const SoftmaxFwd& p);

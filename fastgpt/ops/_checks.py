@@ -84,7 +84,7 @@ def check_window(window: int | None) -> None:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of the autocast region that covers `tensor`'s device, None outside of one."""
     device = tensor.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 

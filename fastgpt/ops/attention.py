@@ -142,18 +142,8 @@ def run_attention(
     Query i stands at `i' = i + query_offset`; `mask` is bool, True = may be seen, broadcasting
     to (b, h, sq, sk).
     """
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     if mask is not None:
         mask, key_padding_mask = _split_mask(_unexpanded(_four_dims(mask)), key_padding_mask, k)
-    if bias is not None:
-        bias = _prepare_bias(bias, q)
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.to(statistics_dtype(q)).contiguous()
-    if dropout_p == 0.0:
-        dropout_seed = None
-    elif dropout_seed is None:
-        dropout_seed = torch.randint(2**63 - 1, (), device=q.device)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     backend = dispatch.pick(
         "attention",
         q,
@@ -166,6 +156,16 @@ def run_attention(
         alibi=alibi_slopes is not None,
         dropout=dropout_p > 0.0,
     )
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if bias is not None:
+        bias = _prepare_bias(bias, q)
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to(statistics_dtype(q)).contiguous()
+    if dropout_p == 0.0:
+        dropout_seed = None
+    elif dropout_seed is None:
+        dropout_seed = torch.randint(2**63 - 1, (), device=q.device)
     if backend != "reference" and needs_grad(q, k, v, bias):
         return _Attention.apply(
             backend,
@@ -244,6 +244,8 @@ def _check_alibi_slopes(slopes: Tensor, q: Tensor) -> None:
 
 
 def _check_dropout(p: float, seed: Tensor | None, q: Tensor) -> None:
+    if not isinstance(p, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"dropout_p: expected a float, got {type(p).__name__}")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {p}")
     if seed is None:

@@ -80,7 +80,7 @@ def cross_entropy(
         weight = weight.contiguous()
 
     x = as_rows(input.movedim(class_dim, -1))
-    classes = target.reshape(-1).to(torch.int64)
+    classes = target.reshape(-1).to(torch.int64).contiguous()
     options = (ignore_index, REDUCTIONS[reduction], label_smoothing)
     backend = dispatch.pick("cross_entropy", input)
     if backend == "reference":

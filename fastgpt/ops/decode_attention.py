@@ -195,11 +195,11 @@ def _check_contents(cache_lengths: Tensor, capacity: int | None, t_new: int) -> 
     """ValueError for a negative length, or a cache (not a ring) that cannot hold t_new more."""
     for i, length in enumerate(cache_lengths.tolist()):
         if length < 0:
-            raise ValueError(f"cache_lengths[{i}] is {length}, expected at least 0")
+            raise ValueError(f"cache_lengths[{i}]: expected at least 0, got {length}")
         if capacity is not None and length + t_new > capacity:
             raise ValueError(
-                f"cache_lengths[{i}] is {length}, expected at most {capacity - t_new}: the cache "
-                f"has {capacity} slots and {t_new} keys are appended"
+                f"cache_lengths[{i}]: expected at most {capacity - t_new}, as the cache has "
+                f"{capacity} slots and {t_new} more are appended, got {length}"
             )
 
 

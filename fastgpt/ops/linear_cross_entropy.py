@@ -83,7 +83,7 @@ def linear_cross_entropy(
         linear_bias = linear_bias.contiguous()
 
     x, weight = as_rows(input), unit_stride(linear_weight)
-    classes = target.reshape(-1).to(torch.int64)
+    classes = target.reshape(-1).to(torch.int64).contiguous()
     options = (ignore_index, REDUCTIONS[reduction], label_smoothing)
     backend = dispatch.pick("linear_cross_entropy", input)
     if backend == "reference":

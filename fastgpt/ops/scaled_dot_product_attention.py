@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.ops._attention_checks import broadcasts, cast_together, check_qkv
-from fastgpt.ops._checks import check_same_device, check_tensor, check_window
+from fastgpt.ops._checks import autocast_dtype, check_same_device, check_tensor, check_window
 from fastgpt.ops.attention import run_attention
 
 _NAMES = ("query", "key", "value")
@@ -108,7 +108,7 @@ def _check(
     check_same_device("attn_mask", attn_mask, "query", query)
     if is_causal:
         raise ValueError("attn_mask: expected None when is_causal is set, got a tensor")
-    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype, autocast_dtype(query)):
         raise TypeError(
             f"attn_mask: expected dtype bool, float32 or {query.dtype}, got {attn_mask.dtype}"
         )

@@ -87,8 +87,6 @@ def varlen_attention(
     check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "that of cu_seqlens_q")
     _check_longest("max_seqlen_q", max_seqlen_q)
     _check_longest("max_seqlen_k", max_seqlen_k)
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     backend = dispatch.pick(
         "varlen_attention", q, head_dim=q.shape[2], causal=causal, window=window
@@ -96,6 +94,8 @@ def varlen_attention(
     if host_checks(backend, cu_seqlens_q):
         _check_contents("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
         _check_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     options = (max_seqlen_q, max_seqlen_k, scale, causal, window)
     if backend != "reference" and needs_grad(q, k, v):
         tensors = distinct(q, k, v, cu_seqlens_q, cu_seqlens_k)
@@ -129,14 +129,14 @@ def _check_contents(
     """ValueError unless offsets rise from 0 to at most `total` by steps of at most `longest`."""
     values = offsets.tolist()
     if values[0] != 0:
-        raise ValueError(f"{name}[0] is {values[0]}, expected 0")
+        raise ValueError(f"{name}[0]: expected 0, got {values[0]}")
     for i, (before, value) in enumerate(pairwise(values), start=1):
         if not before <= value <= total:
-            raise ValueError(f"{name}[{i}] is {value}, expected from {before} to {total}")
+            raise ValueError(f"{name}[{i}]: expected from {before} to {total}, got {value}")
         if value - before > longest:
             raise ValueError(
-                f"{name}[{i}] is {value}, expected at most {before + longest}: a document of "
-                f"{value - before} tokens is longer than {longest_name} = {longest}"
+                f"{name}[{i}]: expected at most {before + longest}, as {longest_name} is "
+                f"{longest}, got {value}"
             )
 
 

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def band(
-    rows: Tensor, columns: Tensor, causal: bool, window: int | torch.SymInt | None
-) -> Tensor | None:
+def band(rows: Tensor, columns: Tensor, causal: bool, window: int | None) -> Tensor | None:
     """The causal and band rule over positions that broadcast; None when it hides nothing.
 
     Key j is visible to row i' iff (j <= i' when causal) and |i' - j| < window.
@@ -23,7 +21,7 @@ def visible(
     rows: Tensor,
     columns: Tensor,
     causal: bool,
-    window: int | torch.SymInt | None,
+    window: int | None,
     *masks: Tensor | None,
 ) -> Tensor | None:
     """`band` and all of `masks`; None when nothing is hidden."""

@@ -48,6 +48,6 @@ def dropout_keep(seed: Tensor, b: int, h: int, sq: int, sk: int, p: float) -> Te
     rows = torch.arange(sq, device=device).view(1, -1, 1)
     heads = torch.arange(b * h, device=device).view(-1, 1, 1)
     counter = torch.broadcast_tensors(groups, rows, heads, torch.zeros_like(groups))
-    words = philox_4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))  # type: ignore[arg-type]
+    words = philox_4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
     lanes = torch.stack(words, dim=-1).flatten(-2)[..., :sk]  # (b * h, sq, sk)
     return (lanes >= round(p * 2**32)).view(b, h, sq, sk)

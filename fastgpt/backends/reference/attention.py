@@ -43,7 +43,8 @@ def attention_fwd(
     )
     keep = _keep(q, k, dropout_p, dropout_seed)
     out_wide, lse = attend(q.to(wide), k.to(wide), v.to(wide), scale, seen, biases, keep)
-    out = token_major(out_wide.to(q.dtype))
+    out_wide = token_major(out_wide)
+    out = out_wide.to(q.dtype)
     return out, lse, rounding_error(out_wide, out, need_out_lo)
 
 

@@ -1,0 +1,211 @@
+// A few queries over one split of the keys, d along the vector lanes: s = q k^T key by key, the
+// online softmax per block of keys, o += p v; then the merge m = max(m_i), l = sum(l_i 2^(m_i - m)),
+// out = sum(o_i 2^(m_i - m)) / l.
+//
+// Plan: four queries share each load of k and v; a block of 64 keys stays in L1 between the two
+// products. Bytes: k and v once per unit, which bounds the speed. Flops: 4 sk d a query.
+// Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
+#include "csrc/cpu/split_attention.h"
+
+#include "csrc/common/dispatch.h"
+#include "csrc/common/math.h"
+
+namespace fastgpt {
+inline namespace FASTGPT_ISA {
+namespace {
+
+constexpr int kRowBlock = 4;
+
+template <typename T>
+FASTGPT_INLINE Vec load_columns(const T* row, int c, int d) {
+  return c + kLanes <= d ? load(row + c) : load(row + c, d - c);
+}
+
+template <typename T>
+FASTGPT_INLINE const T* key_at(const Rows& rows, int64_t key) {
+  const int64_t slot = rows.ring == 0 ? key : key % rows.ring;
+  return static_cast<const T*>(rows.data) + slot * rows.stride;
+}
+
+// s (R, kKeyTile) of keys [k0, k0 + nk), times scale; q (R, padded(d)).
+template <typename T, int R>
+void score_keys(const float* q, const Rows& k, int64_t k0, int nk, int d, float scale, float* s) {
+  const int step = padded(d);
+  for (int j = 0; j < nk; ++j) {
+    const T* row = key_at<T>(k, k0 + j);
+    Vec sum[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum[r] = zero();
+    for (int c = 0; c < d; c += kLanes) {
+      const Vec kv = load_columns(row, c, d);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r] = fma(load(q + r * step + c), kv, sum[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) s[r * kKeyTile + j] = reduce_add(sum[r]) * scale;
+  }
+}
+
+// o (R rows, `step` apart) = o * rescale + p v, over V vectors of columns from c on.
+template <typename T, int R, int V>
+void add_values(const float* p, const float* rescale, const Rows& v, int64_t k0, int nk, int d,
+                int c, float* o, int64_t step) {
+  Vec sum[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      sum[r][i] = load(o + r * step + c + i * kLanes) * set1(rescale[r]);
+    }
+  }
+  for (int j = 0; j < nk; ++j) {
+    const T* row = key_at<T>(v, k0 + j);
+    Vec vv[V];
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) vv[i] = load_columns(row, c + i * kLanes, d);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec weight = set1(p[r * kKeyTile + j]);
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) sum[r][i] = fma(weight, vv[i], sum[r][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) store(o + r * step + c + i * kLanes, sum[r][i]);
+  }
+}
+
+// Hides the keys outside [low, high) of the block, turns the rest into p, updates m and l and
+// returns the factor for o.
+float softmax_row(float* s, int low, int high, int nk, float* m, float* l) {
+  const float minus_inf = -__builtin_inff();
+  for (int j = 0; j < nk; ++j) {
+    if (j < low || j >= high) s[j] = minus_inf;
+  }
+  for (int j = nk; j % kLanes != 0; ++j) s[j] = minus_inf;
+  Vec highest = set1(*m);
+  for (int j = 0; j < nk; j += kLanes) highest = max(load(s + j), highest);
+  const float new_max = reduce_max(highest);
+  const float center = new_max == minus_inf ? 0.0f : new_max;
+  Vec total = zero();
+  for (int j = 0; j < nk; j += kLanes) {
+    const Vec p = exp2(load(s + j) - set1(center));
+    total = total + p;
+    store(s + j, p);
+  }
+  float rescale[kLanes];
+  store(rescale, exp2(set1(*m - center)));
+  *m = new_max;
+  *l = *l * rescale[0] + reduce_add(total);
+  return rescale[0];
+}
+
+// R queries (of one or several heads) over the keys [begin, end).
+template <typename T, int R>
+void attend_rows(const Head* heads, int64_t row, const float* q, KeyRange keys, float* partial,
+                 float* s) {
+  const Head& head = heads[0];
+  const int d = head.d, row_step = padded(d);
+  const int64_t step = partial_floats(d);
+  const int nk = static_cast<int>(keys.end - keys.begin);
+  score_keys<T, R>(q + row * row_step, head.k, keys.begin, nk, d, head.scale * kLog2E, s);
+  float rescale[R];
+  float* o = partial + row * step;
+  for (int r = 0; r < R; ++r) {
+    const KeyRange seen = keys_of_query(head, (row + r) % head.sq);
+    const int low = static_cast<int>(clamp(seen.begin - keys.begin, 0, nk));
+    const int high = static_cast<int>(clamp(seen.end - keys.begin, 0, nk));
+    float* state = o + r * step + row_step;
+    rescale[r] = softmax_row(s + r * kKeyTile, low, high, nk, state, state + 1);
+  }
+  int c = 0;
+  for (; c + 4 * kLanes <= row_step; c += 4 * kLanes) {
+    add_values<T, R, 4>(s, rescale, head.v, keys.begin, nk, d, c, o, step);
+  }
+  for (; c < row_step; c += kLanes) {
+    add_values<T, R, 1>(s, rescale, head.v, keys.begin, nk, d, c, o, step);
+  }
+}
+
+template <typename T>
+void attend_keys(const Head* heads, int64_t rows, const float* q, KeyRange keys, float* partial,
+                 float* s) {
+  int64_t row = 0;
+  for (; row + kRowBlock <= rows; row += kRowBlock) {
+    attend_rows<T, kRowBlock>(heads, row, q, keys, partial, s);
+  }
+  for (; row < rows; ++row) attend_rows<T, 1>(heads, row, q, keys, partial, s);
+}
+
+}  // namespace
+
+int64_t split_scratch(int d, int64_t rows) { return rows * padded(d) + kRowBlock * kKeyTile; }
+
+void attend_split(const Head* heads, int64_t group, int64_t split_keys, int64_t split,
+                  float* partial, float* scratch) {
+  const Head& head = heads[0];
+  const int d = head.d;
+  const int64_t rows = group * head.sq, step = partial_floats(d);
+  float* q = scratch;  // (rows, padded(d))
+  float* s = q + rows * padded(d);
+  for (int64_t row = 0; row < rows; ++row) {
+    float* o = partial + row * step;
+    std::memset(o, 0, step * sizeof(float));
+    o[padded(d)] = -__builtin_inff();
+  }
+  const KeyRange seen = keys_of_queries(head, 0, head.sq - 1);
+  const int64_t begin = clamp(seen.begin + split * split_keys, 0, seen.end);
+  const int64_t end = clamp(begin + split_keys, begin, seen.end);
+  if (begin == end) return;
+  for (int64_t g = 0; g < group; ++g) {
+    float* to = q + g * head.sq * padded(d);
+    widen_rows(heads[g].q, head.dtype, 0, static_cast<int>(head.sq), d, to, padded(d));
+  }
+  for (int64_t k0 = begin; k0 < end; k0 += kKeyTile) {
+    const KeyRange keys = {k0, clamp(end, k0, k0 + kKeyTile)};
+    visit_dtype<bf16, f16>(head.dtype, [&](auto type) {
+      attend_keys<typename decltype(type)::type>(heads, rows, q, keys, partial, s);
+    });
+  }
+}
+
+void merge_splits(const Head& head, const HeadOut& to, int64_t i, int64_t splits,
+                  const float* partial, int64_t step) {
+  const int d = head.d, row_step = padded(d);
+  float highest = -__builtin_inff();
+  for (int64_t n = 0; n < splits; ++n) {
+    const float m = partial[n * step + row_step];
+    highest = m > highest ? m : highest;
+  }
+  const float center = highest == -__builtin_inff() ? 0.0f : highest;
+  float l = 0.0f;
+  for (int64_t n = 0; n < splits; ++n) {
+    const float* state = partial + n * step + row_step;
+    float weight[kLanes];
+    store(weight, exp2(set1(state[0] - center)));
+    l += state[1] * weight[0];
+  }
+  const bool empty = l == 0.0f;
+  to.lse[i] = empty ? -__builtin_inff() : highest * kLn2 + log(l);
+  const Vec inverse = set1(empty ? 0.0f : 1.0f / l);
+  char* out = row_at(to.out, head.dtype, i);
+  for (int c = 0; c < d; c += kLanes) {
+    Vec sum = zero();
+    for (int64_t n = 0; n < splits; ++n) {
+      const float* o = partial + n * step;
+      sum = fma(load(o + c), exp2(set1(o[row_step] - center)), sum);
+    }
+    const int columns = d - c < kLanes ? d - c : kLanes;
+    const Vec whole = sum * inverse;
+    store_as(head.dtype, out, c, whole, columns);
+    if (to.lo.data != nullptr) {
+      const Vec kept = load_as(head.dtype, out, c, columns);
+      store_as(head.dtype, row_at(to.lo, head.dtype, i), c, whole - kept, columns);
+    }
+  }
+}
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

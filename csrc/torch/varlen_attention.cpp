@@ -1,0 +1,62 @@
+#include "csrc/ops/attention.h"
+#include "csrc/torch/attention_common.h"
+
+namespace fastgpt::binding {
+namespace {
+
+VarlenAttentionInputs inputs(const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                             int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool causal,
+                             std::optional<int64_t> window) {
+  VarlenAttentionInputs in;
+  in.q = view(q);
+  in.k = view(k);
+  in.v = view(v);
+  in.cu_seqlens_q = view(cu_seqlens_q);
+  in.cu_seqlens_k = view(cu_seqlens_k);
+  in.max_seqlen_q = max_seqlen_q;
+  in.max_seqlen_k = max_seqlen_k;
+  in.scale = static_cast<float>(scale);
+  in.causal = causal;
+  in.window = window.value_or(0);
+  return in;
+}
+
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_fwd(
+    Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, double scale, bool causal, std::optional<int64_t> window,
+    bool need_out_lo) {
+  const int64_t tq = q.size(0), h = q.size(1), d = q.size(2);
+  Tensor out = empty(q, {tq, h, d});
+  Tensor lse = empty(q, {h, tq}, ScalarType::Float);
+  Tensor out_lo = stores_out_lo(q, need_out_lo) ? empty(q, {tq, h, d}) : empty(q, {0});
+  check_contents(cpu::varlen_attention_fwd(
+      {inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
+              window),
+       view(out), view(lse), view_unless_empty(out_lo)}));
+  return {out, lse, out_lo};
+}
+
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
+    Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    Tensor out_lo, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, double scale, bool causal, std::optional<int64_t> window) {
+  Tensor dq = empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor dk = empty(k, {k.size(0), k.size(1), k.size(2)});
+  Tensor dv = empty(v, {v.size(0), v.size(1), v.size(2)});
+  check_contents(cpu::varlen_attention_bwd(
+      {inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
+              window),
+       view(dout), view(dlse), view(out), view(lse), view_unless_empty(out_lo), view(dq), view(dk),
+       view(dv)}));
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("varlen_attention_fwd", TORCH_BOX(&varlen_attention_fwd));
+  m.impl("varlen_attention_bwd", TORCH_BOX(&varlen_attention_bwd));
+}
+
+}  // namespace fastgpt::binding
