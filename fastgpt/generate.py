@@ -21,7 +21,7 @@ class KVCache:
 
     A dense layer keeps `capacity` tokens; a banded one keeps only its window, as a ring in which
     position p lies in slot p mod window. All rows are equally long: shorter prompts are padded on
-    the left, and `start` says where each row begins. A step of one token never waits for the device.
+    the left, and `start` says where each row begins. A step of one token makes no host wait.
 
     Args:
         config: the model's.

@@ -185,17 +185,20 @@ def _garbage(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
 
 
-def layouts(spec: OpSpec, inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
-    """The same values in memory layouts that a kernel does not hope for."""
-    for change in (_strided, _misaligned, _transposed):
-        changed: Inputs = {}
-        for name, value in inputs.items():
-            fits = isinstance(value, Tensor) and value.ndim >= (1 + (change is _transposed))
-            rigid = name in spec.unit_stride and (
-                change is _strided or getattr(value, "ndim", 0) < 3
-            )
-            changed[name] = change(value) if fits and not rigid else value
-        yield change.__name__.strip("_"), changed
+LAYOUTS = (_strided, _misaligned, _transposed)
+"""What a kernel does not hope for."""
+
+
+def relaid(spec: OpSpec, inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """The same values, every tensor in another memory layout."""
+
+    def fits(name: str, value: Any) -> bool:
+        if not isinstance(value, Tensor) or value.ndim < (2 if change is _transposed else 1):
+            return False
+        moves_last = change is _strided or (change is _transposed and value.ndim < 3)
+        return not (moves_last and name in spec.unit_stride)
+
+    return {name: change(value) if fits(name, value) else value for name, value in inputs.items()}
 
 
 # --- running -----------------------------------------------------------------------------------
@@ -375,19 +378,35 @@ def check_contract(spec: OpSpec, backend: str, dtype: torch.dtype, case: Case) -
     skip_unless_runs(spec.op, backend, dtype)
     want, device = expected(spec, case, dtype), device_of(backend)
 
-    def call(inputs: Inputs) -> Results:
+    def call(inputs: Inputs, outgoing: Outgoing = want.outgoing) -> Results:
         with fastgpt.backend(backend), poisoned():
-            return run(spec, spec.function, inputs, want.outgoing, device)
+            return run(spec, spec.function, inputs, outgoing, device)
 
-    first = call(want.inputs)
-    assert not judge(spec, want, first), "\n".join(judge(spec, want, first))
-    for name, inputs in layouts(spec, want.inputs):
-        found = judge(spec, want, call(inputs))
-        assert not found, f"{name} inputs: " + "\n".join(found)
+    flowed: list[tuple[Tensor, Tensor]] = []
+
+    def recorded(name: str, output: Tensor) -> Tensor:
+        gradient = want.outgoing(name, output)
+        flowed.append((gradient, gradient.clone()))
+        return gradient
+
+    first = call(want.inputs, recorded)
+    found = judge(spec, want, first)
+    assert not found, "\n".join(found)
+    assert all(torch.equal(after, before) for after, before in flowed), "a gradient was overwritten"
+    fresh = {name: v for name, v in make(spec, case, dtype).items() if isinstance(v, Tensor)}
+    same_bits("arguments after the call", want.inputs, fresh)
     same_bits("second run", call(want.inputs), first)
     with torch.no_grad():
         outputs = call(want.inputs)
     same_bits("without gradients", outputs, {name: first[name] for name in outputs})
+    there = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in want.inputs.items()}
+    for change in LAYOUTS:
+
+        def outgoing(name: str, output: Tensor, change: Any = change) -> Tensor:
+            return relaid(spec, {name: want.outgoing(name, output)}, change)[name]
+
+        found = judge(spec, want, call(relaid(spec, there, change), outgoing))
+        assert not found, f"{change.__name__} arguments: " + "\n".join(found)
     if case.hidden is not None:
         hidden = {name: value for name, value in first.items() if name not in spec.mutated}
         same_bits("garbage where nothing may look", call(case.hidden(want.inputs)), hidden)

@@ -50,6 +50,8 @@ def run(function, tensors):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_equals_eager_for_every_length(name, backend):
+    if name == "sdpa_of_torch" and backend != "reference":
+        pytest.skip("a forced backend never goes to torch")
     function = FUNCTIONS[name]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)

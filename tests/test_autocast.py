@@ -18,7 +18,9 @@ REGIONS = pytest.mark.parametrize("region", [torch.bfloat16, torch.float16])
 
 def both(*tensors):
     """The tensors in float32 and rounded to bfloat16, which autocast leaves as they are."""
-    return [[t.to(dtype).requires_grad_() for t in tensors] for dtype in (torch.float32, torch.bfloat16)]
+    return [
+        [t.to(dtype).requires_grad_() for t in tensors] for dtype in (torch.float32, torch.bfloat16)
+    ]
 
 
 @BACKENDS
@@ -79,4 +81,6 @@ def test_rows_are_reduced_and_returned_in_float32(backend: str, region: torch.dt
 def test_softmax_dtype_wins_over_autocast(backend: str) -> None:
     skip_unless_runs("softmax", backend)
     with fastgpt.backend(backend), torch.autocast("cpu", torch.bfloat16):
-        assert F.softmax(X, dtype=torch.bfloat16).dtype == torch.softmax(X, -1, torch.bfloat16).dtype
+        assert (
+            F.softmax(X, dtype=torch.bfloat16).dtype == torch.softmax(X, -1, torch.bfloat16).dtype
+        )

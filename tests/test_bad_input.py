@@ -228,7 +228,8 @@ BAD_CONTENTS: list[tuple[str, str, int, Callable[[], Any]]] = [
     ("cross_entropy", "target[2]", -1, lambda: F.cross_entropy(ROWS, torch.tensor([0, 5, -1]))),
     (
         "linear_cross_entropy",
-        "target[0]", 3,
+        "target[0]",
+        3,
         lambda: F.linear_cross_entropy(ROWS, ROWS, torch.tensor([3, 0, 1])),
     ),
     ("varlen_attention", "cu_seqlens_q[2]", 2, lambda: varlen(cu_q=offsets(0, 4, 2))),
@@ -263,9 +264,7 @@ def test_arguments(error: type[Exception], argument: str, call: Callable[[], Any
     ("op", "element", "value", "call"),
     [pytest.param(*bad, id=f"{bad[1]}={bad[2]}") for bad in BAD_CONTENTS],
 )
-def test_contents(
-    backend: str, op: str, element: str, value: int, call: Callable[[], Any]
-) -> None:
+def test_contents(backend: str, op: str, element: str, value: int, call: Callable[[], Any]) -> None:
     skip_unless_runs(op, backend)
     with fastgpt.backend(backend), pytest.raises(ValueError) as caught:
         call()

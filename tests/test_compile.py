@@ -50,7 +50,9 @@ def raw_calls(spec: OpSpec, backend: str, inputs: Inputs, outgoing) -> list[tupl
 
     def recording(op: str, backend: str, name: str):
         def call(*args: Any) -> Any:
-            calls.append((name, tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, args)))
+            calls.append(
+                (name, tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, args))
+            )
             return kernel(op, backend, name)(*args)
 
         return call

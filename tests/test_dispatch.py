@@ -22,11 +22,6 @@ CELLS = [(op, backend) for op, row in dispatch.TABLE.items() for backend in disp
 COMPILED = "cpu" if native.MISSING is None else "reference"
 
 
-@pytest.fixture(autouse=True)
-def _nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_forced", None)
-
-
 def first_line(*args, **kwargs) -> str:
     return str(fastgpt.explain(*args, **kwargs)).splitlines()[0]
 

@@ -142,9 +142,7 @@ def test_common_and_ops_include_no_backend() -> None:
 
 def test_inline_ptx_only_in_three_files() -> None:
     assembly = matches(r"\basm\s*(volatile)?\s*\(", "csrc")
-    assert not outside(
-        assembly, "csrc/cuda/copy.cuh", "csrc/cuda/mma.cuh", "csrc/cuda/reduce.cuh"
-    )
+    assert not outside(assembly, "csrc/cuda/copy.cuh", "csrc/cuda/mma.cuh", "csrc/cuda/reduce.cuh")
 
 
 def test_one_file_launches() -> None:
@@ -160,7 +158,9 @@ def test_no_stl_templates_in_cpu_kernels() -> None:
     """Their instances are weak symbols: the linker would merge levels into one."""
     allowed = r"std::(memcpy|memset|memmove|memcmp|u?int\d+_t|size_t|ptrdiff_t|align_val_t)\b"
     exempt = ("csrc/cpu/isa_level.cpp", "csrc/cpu/isa.cpp")  # compiled once, for the baseline
-    for path, hits in outside(matches(r"std::\w+", "csrc/cpu", "csrc/common", "csrc/ops"), *exempt).items():
+    for path, hits in outside(
+        matches(r"std::\w+", "csrc/cpu", "csrc/common", "csrc/ops"), *exempt
+    ).items():
         assert not [hit for hit in hits if not re.fullmatch(allowed, hit)], path
     headers = matches(r"#include\s*<[^>]*>", "csrc/cpu", "csrc/common", "csrc/ops")
     plain = {"cstdint", "cstddef", "cstring", "cmath", "immintrin.h", "new", "type_traits"}
@@ -282,7 +282,9 @@ def test_no_weak_symbol_of_ours() -> None:
         ["nm", "-C", "--defined-only", str(LIBRARY)], capture_output=True, text=True, check=True
     )
     weak = [
-        line for line in done.stdout.splitlines() if re.match(r"\w+ [WVu] (non-virtual )?fastgpt", line)
+        line
+        for line in done.stdout.splitlines()
+        if re.match(r"\w+ [WVu] (non-virtual )?fastgpt", line)
     ]
     assert not weak
 

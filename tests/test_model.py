@@ -256,12 +256,13 @@ def test_deepcopy_and_pickle_keep_the_tie():
 def test_low_precision_model_and_autocast():
     model, tokens = small(), ids()
     expected = model(tokens, labels=tokens)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(tokens, labels=tokens)
-    assert output.loss.dtype == torch.float32
-    torch.testing.assert_close(output.loss, expected.loss, rtol=0.02, atol=0.0)
-    output.loss.backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    for return_logits in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(tokens, labels=tokens, return_logits=return_logits).loss
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, expected.loss, rtol=0.02, atol=0.0)
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     low = model.to(torch.bfloat16)(tokens, labels=tokens)
     assert low.logits.dtype == torch.bfloat16
     torch.testing.assert_close(low.loss.float(), expected.loss, rtol=0.02, atol=0.0)

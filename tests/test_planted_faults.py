@@ -286,7 +286,9 @@ def dq_missing_scale(raw: Raw, *args: Any) -> Any:
     return (dq / args[SCALE + BWD]).to(dq.dtype), *rest
 
 
-def delta_omitted(raw: Raw, dout: Tensor, dlse: Any, q: Any, k: Any, v: Any, out: Tensor, *rest: Any):
+def delta_omitted(
+    raw: Raw, dout: Tensor, dlse: Any, q: Any, k: Any, v: Any, out: Tensor, *rest: Any
+):
     return raw(dout, dlse, q, k, v, torch.zeros_like(out), *rest)
 
 
@@ -329,7 +331,9 @@ ATTENTION = (
     attention("scale_bwd", "peaked", "bwd", replaced(scale=lambda scale: 1.01 * scale)),
     attention("window_plus_1", "window_inside_block", "fwd", replaced(window=lambda w: w + 1)),
     attention("window_minus_1", "window_inside_block", "fwd", replaced(window=lambda w: w - 1)),
-    attention("wide_window_plus_1", "window_across_blocks", "fwd", replaced(window=lambda w: w + 1)),
+    attention(
+        "wide_window_plus_1", "window_across_blocks", "fwd", replaced(window=lambda w: w + 1)
+    ),
     attention("window_bwd", "window_inside_block", "bwd", replaced(window=lambda w: w + 1)),
     attention("causal_plus_1", "just_over_block", "fwd", replaced(offset=lambda o: o + 1)),
     attention("causal_ignored", "just_over_block", "bwd", replaced(causal=lambda c: False)),

@@ -58,7 +58,9 @@ def key_by_key(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None
         for head in range(h):
             keys = k[:, head * hk // h, seen].double()
             scores = (keys @ q[:, head, i, :, None].double())[..., 0] / d**0.5
-            out[:, head, i] = (scores.softmax(-1)[:, None] @ v[:, head * hk // h, seen].double())[:, 0]
+            out[:, head, i] = (scores.softmax(-1)[:, None] @ v[:, head * hk // h, seen].double())[
+                :, 0
+            ]
     return out
 
 
@@ -290,7 +292,9 @@ def test_layer_norm_ignores_shift_and_scale(backend, seed, rows, n, scale) -> No
     reduction=st.sampled_from(["none", "mean", "sum"]),
     smoothing=st.sampled_from([0.0, 0.1, 1.0]),
 )
-def test_cross_entropy_gradient_of_a_row_sums_to_zero(backend, data, seed, n, v, reduction, smoothing):
+def test_cross_entropy_gradient_of_a_row_sums_to_zero(
+    backend, data, seed, n, v, reduction, smoothing
+):
     skip_unless_runs("cross_entropy", backend)
     (x,) = normal(seed, (n, v))
     x.requires_grad_()

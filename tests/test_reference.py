@@ -37,7 +37,9 @@ from tests.ops import (
 from tests.specs import SPECS
 
 EVERY_CASE = [
-    pytest.param(spec, case, id=f"{op}-{case.id}") for op, spec in SPECS.items() for case in spec.cases
+    pytest.param(spec, case, id=f"{op}-{case.id}")
+    for op, spec in SPECS.items()
+    for case in spec.cases
 ]
 TINY = {
     "add_layer_norm": test_add_layer_norm.case("tiny", 3, 4),
@@ -64,7 +66,9 @@ TINY = {
 def assert_same(got: Results, want: Results) -> None:
     assert got.keys() == want.keys()
     for name, tensor in want.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-9, atol=1e-9, equal_nan=True, msg=name)
+        torch.testing.assert_close(
+            got[name], tensor, rtol=1e-9, atol=1e-9, equal_nan=True, msg=name
+        )
 
 
 @pytest.mark.parametrize(("spec", "case"), EVERY_CASE)

@@ -88,7 +88,7 @@ void bias_gradient(const AttentionBwd& p) {
           prepare_query_tile(g, tile);
           const KeyRange seen = keys_of_queries(g.head, q0, q0 + tile.nq - 1);
           for (int64_t block = seen.begin / kKeyTile; block * kKeyTile < seen.end; ++block) {
-            const KeyRange keys = keys_of_block(g.head, tile, block);
+            const KeyRange keys = keys_of_block(g.head, q0, tile.nq, block);
             if (keys.begin >= keys.end) continue;
             const int nk = static_cast<int>(keys.end - keys.begin);
             const float* ds = score_gradient(g, tile, keys, 1.0f, scratch).ds;

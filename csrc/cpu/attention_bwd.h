@@ -36,9 +36,6 @@ int64_t query_tile_floats(int d);
 QueryTile query_tile(const GradHead& g, int64_t q0, float* buffer);
 void prepare_query_tile(const GradHead& g, const QueryTile& tile);
 
-// The part of key tile `block` that a tile of queries sees.
-KeyRange keys_of_block(const Head& head, const QueryTile& tile, int64_t block);
-
 int64_t bwd_scratch(int d);
 
 // The probabilities of a tile times the dropout factor, and the gradient of its scores times
@@ -55,6 +52,10 @@ TileGradient score_gradient(const GradHead& g, const QueryTile& tile, KeyRange k
 // are null, and to dq_t (d, lanes), unless it is null.
 void backward_tile(const GradHead& g, const QueryTile& tile, KeyRange keys, float* dk, float* dv,
                    float* dq_t, float* scratch);
+
+// Packs the keys of a unit into k and v (sk, packed_step(d)); use_packed then points its heads there.
+void pack_unit(const Head& head, float* k, float* v);
+void use_packed(Head& head, float* k, float* v);
 
 void store_dq(const GradHead& g, const QueryTile& tile, const float* dq_t);
 
@@ -87,7 +88,7 @@ void backward_whole_units(const Problem& problem, int threads) {
   const int d = problem.d();
   const int64_t row = padded(d);
   const int64_t fixed = query_tile_floats(d) + bwd_scratch(d) + row * kQueryTile;
-  const int64_t each = fixed + 2 * problem.longest_keys() * row;
+  const int64_t each = fixed + 2 * problem.longest_keys() * (row + packed_step(d));
   const int workers = problem.units() < threads ? static_cast<int>(problem.units()) : threads;
   const Scratch memory(workers * each * sizeof(float));
   parallel_items(problem.units(), workers, [&](int64_t unit, int worker) {
@@ -95,27 +96,31 @@ void backward_whole_units(const Problem& problem, int threads) {
     float* buffer = scratch + bwd_scratch(d);
     float* dq_t = buffer + query_tile_floats(d);
     float* dk = dq_t + row * kQueryTile;
-    const int64_t sk = problem.head(unit, 0).head.sk;
+    const Head first = problem.head(unit, 0).head;
+    const int64_t sk = first.sk;
     float* dv = dk + sk * row;
+    float* k = dv + sk * row;
+    float* v = k + sk * packed_step(d);
     std::memset(dk, 0, 2 * sk * row * sizeof(float));
+    pack_unit(first, k, v);
     for (int64_t h = 0; h < problem.group(); ++h) {
-      const GradHead g = problem.head(unit, h);
+      GradHead g = problem.head(unit, h);
+      use_packed(g.head, k, v);
       for (int64_t q0 = 0; q0 < g.head.sq; q0 += kQueryTile) {
         const QueryTile tile = query_tile(g, q0, buffer);
         prepare_query_tile(g, tile);
         std::memset(dq_t, 0, row * kQueryTile * sizeof(float));
         const KeyRange seen = keys_of_queries(g.head, q0, q0 + tile.nq - 1);
         for (int64_t block = seen.begin / kKeyTile; block * kKeyTile < seen.end; ++block) {
-          const KeyRange keys = keys_of_block(g.head, tile, block);
+          const KeyRange keys = keys_of_block(g.head, tile.q0, tile.nq, block);
           if (keys.begin >= keys.end) continue;
           backward_tile(g, tile, keys, dk + keys.begin * row, dv + keys.begin * row, dq_t, scratch);
         }
         store_dq(g, tile, dq_t);
       }
     }
-    const DType dtype = problem.head(unit, 0).head.dtype;
-    narrow_rows(dk, row, problem.dk(unit), dtype, 0, static_cast<int>(sk), d);
-    narrow_rows(dv, row, problem.dv(unit), dtype, 0, static_cast<int>(sk), d);
+    narrow_rows(dk, row, problem.dk(unit), first.dtype, 0, static_cast<int>(sk), d);
+    narrow_rows(dv, row, problem.dv(unit), first.dtype, 0, static_cast<int>(sk), d);
   });
 }
 
@@ -133,6 +138,9 @@ void backward_split_tiles(const Problem& problem, int threads) {
     key_tiles[unit + 1] = key_tiles[unit] + ceil_div(head.sk, kKeyTile);
   }
   const Scratch tiles(query_tiles[units] * query_tile_floats(d) * sizeof(float));
+  const int64_t key_floats = kKeyTile * packed_step(d);
+  const Scratch all_k(key_tiles[units] * key_floats * sizeof(float));
+  const Scratch all_v(key_tiles[units] * key_floats * sizeof(float));
   const int64_t each = bwd_scratch(d) + 2 * row * (kQueryTile + kKeyTile);
   const Scratch memory(threads * each * sizeof(float));
 
@@ -141,9 +149,19 @@ void backward_split_tiles(const Problem& problem, int threads) {
     const int64_t unit = owner_of(query_tiles, units, item);
     const int64_t a_head = (query_tiles[unit + 1] - query_tiles[unit]) / group;
     const int64_t local = item - query_tiles[unit];
-    const GradHead g = problem.head(unit, local / a_head);
+    GradHead g = problem.head(unit, local / a_head);
+    use_packed(g.head, all_k.at() + key_tiles[unit] * key_floats,
+               all_v.at() + key_tiles[unit] * key_floats);
     body(g, query_tile(g, local % a_head * kQueryTile, tiles.at() + item * query_tile_floats(d)));
   };
+  parallel_items(key_tiles[units], threads, [&](int64_t item, int) {
+    const int64_t unit = owner_of(key_tiles, units, item);
+    const int64_t begin = (item - key_tiles[unit]) * kKeyTile;
+    const Head head = problem.head(unit, 0).head;
+    const int n = static_cast<int>(clamp(head.sk - begin, 0, kKeyTile));
+    pack_keys(head, head.k, begin, n, all_k.at() + item * key_floats);
+    pack_keys(head, head.v, begin, n, all_v.at() + item * key_floats);
+  });
   parallel_items(query_tiles[units], threads, [&](int64_t item, int) {
     with_tile(item, [](const GradHead& g, const QueryTile& tile) { prepare_query_tile(g, tile); });
   });
@@ -161,7 +179,7 @@ void backward_split_tiles(const Problem& problem, int threads) {
     for (int64_t h = 0; h < group; ++h) {
       for (int64_t t = queries.begin / kQueryTile; t * kQueryTile < queries.end; ++t) {
         with_tile(query_tiles[unit] + h * a_head + t, [&](const GradHead& g, const QueryTile& tile) {
-          const KeyRange keys = keys_of_block(g.head, tile, block);
+          const KeyRange keys = keys_of_block(g.head, tile.q0, tile.nq, block);
           if (keys.begin >= keys.end) return;
           const int64_t at = (keys.begin - begin) * row;
           backward_tile(g, tile, keys, dk + at, dv + at, nullptr, scratch);
@@ -179,7 +197,7 @@ void backward_split_tiles(const Problem& problem, int threads) {
     with_tile(query_tiles[units] - 1 - item, [&](const GradHead& g, const QueryTile& tile) {
       const KeyRange seen = keys_of_queries(g.head, tile.q0, tile.q0 + tile.nq - 1);
       for (int64_t block = seen.begin / kKeyTile; block * kKeyTile < seen.end; ++block) {
-        const KeyRange keys = keys_of_block(g.head, tile, block);
+        const KeyRange keys = keys_of_block(g.head, tile.q0, tile.nq, block);
         if (keys.begin >= keys.end) continue;
         backward_tile(g, tile, keys, nullptr, nullptr, dq_t, scratch);
       }

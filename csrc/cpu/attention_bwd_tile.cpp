@@ -37,7 +37,7 @@ __attribute__((noinline)) void differentiate(float* scores, float* dp, const flo
 int64_t query_tile_floats(int d) { return int64_t{4} * padded(d) * kQueryTile + 2 * kQueryTile; }
 
 int64_t bwd_scratch(int d) {
-  return int64_t{3} * kKeyTile * kQueryTile + int64_t{2} * kKeyTile * padded(d);
+  return int64_t{3} * kKeyTile * kQueryTile + 2 * kKeyTile * packed_step(d);
 }
 
 QueryTile query_tile(const GradHead& g, int64_t q0, float* buffer) {
@@ -88,12 +88,6 @@ void prepare_query_tile(const GradHead& g, const QueryTile& tile) {
   transpose_rows(dout, DType::f32, 0, tile.nq, d, tile.dout_t, tile.lanes);
 }
 
-KeyRange keys_of_block(const Head& head, const QueryTile& tile, int64_t block) {
-  const KeyRange seen = keys_of_queries(head, tile.q0, tile.q0 + tile.nq - 1);
-  const int64_t begin = block * kKeyTile, end = begin + kKeyTile;
-  return KeyRange{begin > seen.begin ? begin : seen.begin, end < seen.end ? end : seen.end};
-}
-
 TileGradient score_gradient(const GradHead& g, const QueryTile& tile, KeyRange keys, float outer,
                             float* scratch) {
   const Head& head = g.head;
@@ -103,14 +97,14 @@ TileGradient score_gradient(const GradHead& g, const QueryTile& tile, KeyRange k
   float* ds = p + kKeyTile * kQueryTile;
   float* factor = ds + kKeyTile * kQueryTile;
   float* k_copy = factor + kKeyTile * kQueryTile;
-  float* v_copy = k_copy + kKeyTile * padded(d);
+  float* v_copy = k_copy + kKeyTile * packed_step(d);
   const ScoreTile scores = {p, lanes, tile.q0, tile.nq, keys.begin, nk};
   const FloatRows k = key_rows(head, head.k, keys.begin, nk, k_copy);
   const FloatRows v = key_rows(head, head.v, keys.begin, nk, v_copy);
 
   tile_product<Floats>({nk, lanes / kLanes, d, k.data, k.step, 1, tile.q_t, lanes, p, lanes,
                         Into::kStore, head.scale * kLog2E, nullptr});
-  if (has_features(head)) apply_features(head, scores, k_copy, v_copy);
+  if (has_features(head)) apply_features(head, scores, k, v);
   apply_band(head, scores);
   tile_product<Floats>({nk, lanes / kLanes, d, v.data, v.step, 1, tile.dout_t, lanes, ds, lanes,
                         Into::kStore, 1.0f, nullptr});
@@ -134,6 +128,18 @@ void backward_tile(const GradHead& g, const QueryTile& tile, KeyRange keys, floa
     tile_product<Floats>({d, lanes / kLanes, nk, t.k.data, 1, t.k.step, t.ds, lanes, dq_t, lanes,
                           Into::kAdd, 1.0f, nullptr});
   }
+}
+
+void pack_unit(const Head& head, float* k, float* v) {
+  pack_keys(head, head.k, 0, static_cast<int>(head.sk), k);
+  pack_keys(head, head.v, 0, static_cast<int>(head.sk), v);
+}
+
+void use_packed(Head& head, float* k, float* v) {
+  head.packed = true;
+  head.kv_dtype = DType::f32;
+  head.k = Rows{k, packed_step(head.d), 0};
+  head.v = Rows{v, packed_step(head.d), 0};
 }
 
 void store_dq(const GradHead& g, const QueryTile& tile, const float* dq_t) {

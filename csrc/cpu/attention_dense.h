@@ -31,7 +31,7 @@ inline int64_t effective_window(int64_t window, int64_t sq, int64_t sk, int64_t 
 inline Head dense_head(const AttentionInputs& in, int64_t b, int64_t h) {
   const int64_t heads = in.q.size[1], group = heads / in.k.size[1];
   Head head;
-  head.dtype = in.q.dtype;
+  head.dtype = head.kv_dtype = in.q.dtype;
   head.d = static_cast<int>(in.q.size[3]);
   head.sq = in.q.size[2];
   head.sk = in.k.size[2];

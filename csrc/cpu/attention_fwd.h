@@ -13,11 +13,17 @@ struct HeadOut {
   float* lse;  // (sq)
 };
 
-// Floats of scratch that attend_tile needs.
+constexpr int kGroupTiles = 4;
+
+// How many tiles of queries one item takes, at most kGroupTiles: more share the loads of k and v,
+// fewer keep all threads busy. No bit depends on it.
+int group_tiles(const Head& any, int64_t tiles);
+
+// Floats of scratch that attend_tiles needs.
 int64_t attend_scratch(int d);
 
-// Queries [q0, min(q0 + kQueryTile, sq)) of the head.
-void attend_tile(const Head& head, const HeadOut& to, int64_t q0, float* scratch);
+// Up to `tiles` tiles of queries of the head, from query q0 < sq on.
+void attend_tiles(const Head& head, const HeadOut& to, int64_t q0, int tiles, float* scratch);
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

@@ -42,20 +42,30 @@ FASTGPT_INLINE void exchange_all(NativeFloat (&x)[kLanes]) {
   }
 }
 
+constexpr int kAhead = 8;  // rows
+
+// Asks for a row ahead of its use: rows are often pages apart, where the hardware does not look.
+template <bool write>
+FASTGPT_INLINE void prefetch_row(const char* row, int bytes) {
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, write ? 1 : 0);
+}
+
 FASTGPT_INLINE int at_most_lanes(int n) { return n < kLanes ? n : kLanes; }
 
 }  // namespace
 
 void widen_rows(const Rows& rows, DType dtype, int64_t first, int n, int d, float* out,
                 int64_t step) {
+  const int bytes = d * element_size(dtype);
   for (int i = 0; i < n; ++i) {
+    if (i + kAhead < n) prefetch_row<false>(row_at(rows, dtype, first + i + kAhead), bytes);
     const char* row = row_at(rows, dtype, first + i);
     float* to = out + i * step;
     int c = 0;
     for (; c + kLanes <= d; c += kLanes) store(to + c, load_as(dtype, row, c));
     if (c < d) {
       const Vec rest = load_as(dtype, row, c, d - c);
-      step > d ? store(to + c, rest) : store(to + c, rest, d - c);
+      step >= padded(d) ? store(to + c, rest) : store(to + c, rest, d - c);
     }
   }
 }
@@ -85,6 +95,9 @@ void transpose_rows(const Rows& rows, DType dtype, int64_t first, int n, int d, 
 
 void untranspose_rows(const float* in, int lanes, const float* factor, const Rows& rows,
                       const Rows& lo, DType dtype, int64_t first, int n, int d) {
+  for (int i = 0; i < n; ++i) {
+    prefetch_row<true>(row_at(rows, dtype, first + i), d * element_size(dtype));
+  }
   for (int i = 0; i < n; i += kLanes) {
     const Vec scale = load(factor + i);
     for (int c = 0; c < d; c += kLanes) {
@@ -119,21 +132,26 @@ void narrow_rows(const float* in, int64_t step, const Rows& rows, DType dtype, i
   }
 }
 
-FloatRows key_rows(const Head& head, const Rows& rows, int64_t first, int n, float* copy) {
-  const bool masked = head.key_visible != nullptr || head.mask.data != nullptr;
-  // Rows a multiple of 2 KiB apart would compete for a few sets of the first-level cache.
-  if (head.dtype == DType::f32 && !masked && rows.ring == 0 && rows.stride % 512 != 0) {
-    return FloatRows{static_cast<const float*>(rows.data) + first * rows.stride, rows.stride};
-  }
-  widen_rows(rows, head.dtype, first, n, head.d, copy, head.d);
-  if (head.key_visible != nullptr) {
-    for (int j = 0; j < n; ++j) {
-      if (head.key_visible[(first + j) * head.key_visible_stride] == 0) {
-        std::memset(copy + j * head.d, 0, head.d * sizeof(float));
-      }
+void pack_keys(const Head& head, const Rows& rows, int64_t first, int n, float* out) {
+  const int64_t step = packed_step(head.d);
+  widen_rows(rows, head.kv_dtype, first, n, head.d, out, step);
+  if (head.key_visible == nullptr) return;
+  for (int j = 0; j < n; ++j) {
+    if (head.key_visible[(first + j) * head.key_visible_stride] == 0) {
+      std::memset(out + j * step, 0, head.d * sizeof(float));
     }
   }
-  return FloatRows{copy, head.d};
+}
+
+FloatRows key_rows(const Head& head, const Rows& rows, int64_t first, int n, float* copy) {
+  // Rows that share a power of two of cache lines compete for a few sets of the cache.
+  const bool harmless = head.kv_dtype == DType::f32 && head.key_visible == nullptr &&
+                        rows.ring == 0 && rows.stride % 128 != 0;
+  if (head.mask.data == nullptr && (head.packed || harmless)) {
+    return FloatRows{static_cast<float*>(rows.data) + first * rows.stride, rows.stride};
+  }
+  pack_keys(head, rows, first, n, copy);
+  return FloatRows{copy, packed_step(head.d)};
 }
 
 void apply_band(const Head& head, const ScoreTile& tile) {
@@ -160,7 +178,8 @@ void apply_band(const Head& head, const ScoreTile& tile) {
   }
 }
 
-void apply_features(const Head& head, const ScoreTile& tile, float* k_copy, float* v_copy) {
+void apply_features(const Head& head, const ScoreTile& tile, const FloatRows& k,
+                    const FloatRows& v) {
   const float minus_inf = -__builtin_inff();
   for (int j = 0; j < tile.nk; ++j) {
     float* row = tile.scores + j * tile.lanes;
@@ -193,8 +212,8 @@ void apply_features(const Head& head, const ScoreTile& tile, float* k_copy, floa
         }
       }
       if (!seen) {
-        std::memset(k_copy + j * head.d, 0, head.d * sizeof(float));
-        std::memset(v_copy + j * head.d, 0, head.d * sizeof(float));
+        std::memset(k.data + j * k.step, 0, head.d * sizeof(float));
+        std::memset(v.data + j * v.step, 0, head.d * sizeof(float));
       }
     }
   }

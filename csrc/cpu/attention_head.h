@@ -38,6 +38,7 @@ struct Dropout {
 
 struct Head {
   DType dtype = DType::f32;
+  DType kv_dtype = DType::f32;  // f32 where k and v were packed, else dtype
   int d = 0;
   int64_t sq = 0;
   int64_t sk = 0;
@@ -48,6 +49,7 @@ struct Head {
   float scale = 1.0f;
   Rows q, k, v;
 
+  bool packed = false;                   // k and v come from pack_keys
   const uint8_t* key_visible = nullptr;  // (sk), 0 = hidden padding
   int64_t key_visible_stride = 0;
   Plane bias;
@@ -83,6 +85,13 @@ FASTGPT_INLINE KeyRange keys_of_query(const Head& head, int64_t query) {
 FASTGPT_INLINE KeyRange keys_of_queries(const Head& head, int64_t first, int64_t last) {
   const int64_t begin = keys_of_query(head, first).begin;
   return KeyRange{begin, clamp(keys_of_query(head, last).end, begin, head.sk)};
+}
+
+// The part of key tile `block` that the queries [q0, q0 + nq) see; may be empty.
+FASTGPT_INLINE KeyRange keys_of_block(const Head& head, int64_t q0, int nq, int64_t block) {
+  const KeyRange seen = keys_of_queries(head, q0, q0 + nq - 1);
+  const int64_t begin = block * kKeyTile, end = begin + kKeyTile;
+  return KeyRange{begin > seen.begin ? begin : seen.begin, end < seen.end ? end : seen.end};
 }
 
 // The queries that may see any of the keys [begin, end).
@@ -160,15 +169,23 @@ void untranspose_rows(const float* in, int lanes, const float* factor, const Row
 void narrow_rows(const float* in, int64_t step, const Rows& rows, DType dtype, int64_t first, int n,
                  int d);
 
-// Keys [first, first + n) as floats with hidden padding zeroed, so that what it holds cannot leak:
-// the rows themselves where they already are that, else a copy in `copy` (n, d).
+// Floats from one packed key to the next: an odd number of cache lines, so that the keys of a tile
+// spread over all sets of the cache, whatever the head's own strides.
+FASTGPT_INLINE int64_t packed_step(int d) { return (ceil_div(d, 16) | 1) * 16; }
+
+// Keys [first, first + n) as floats, packed_step(d) apart, with hidden padding zeroed, so that what
+// it holds cannot leak.
+void pack_keys(const Head& head, const Rows& rows, int64_t first, int n, float* out);
+
+// Keys [first, first + n) as the tile product reads them: in place where they are packed (no mask
+// may zero some then) or float32 rows at a harmless stride, else packed into `copy`.
 struct FloatRows {
-  const float* data;
+  float* data;
   int64_t step;
 };
 FloatRows key_rows(const Head& head, const Rows& rows, int64_t first, int n, float* copy);
 
-// Whether a tile needs score_features.
+// Whether a tile needs apply_features.
 FASTGPT_INLINE bool has_features(const Head& head) {
   return head.key_visible != nullptr || head.bias.data != nullptr || head.mask.data != nullptr ||
          head.alibi;
@@ -187,9 +204,10 @@ struct ScoreTile {
 // Hides what the causal and band rule hides; free where the tile lies wholly inside.
 void apply_band(const Head& head, const ScoreTile& tile);
 
-// Bias, ALiBi, mask and padding. Rows of k and v (nk, d) whose key the mask hides from every query
-// of the tile are zeroed; they are copies whenever the head has a mask.
-void apply_features(const Head& head, const ScoreTile& tile, float* k_copy, float* v_copy);
+// Bias, ALiBi, mask and padding. Keys that the mask hides from every query of the tile are zeroed in
+// k and v, which are copies of this tile's own whenever the head has a mask.
+void apply_features(const Head& head, const ScoreTile& tile, const FloatRows& k,
+                    const FloatRows& v);
 
 // factor (nk, lanes): 1 / (1 - p) where dropout keeps, else 0.
 void dropout_factors(const Head& head, const ScoreTile& tile, float* factor);

@@ -20,10 +20,6 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
 
-float exp_of(float x) {
-  return exp(set1(x)).v[0];
-}
-
 int64_t target_of(const TensorRef& target, int64_t row) {
   return static_cast<const int64_t*>(target.data)[row];
 }
@@ -49,14 +45,15 @@ void absorb_row(const T* x, int64_t n, bool smooth, const float* weight, CrossEn
     const float block_top =
         max_vectors(size, [&](int64_t i, int lanes) { return load_lanes(block + i, lanes); });
     if (block_top > row.top) {
-      row.sum *= exp_of(row.top - block_top);
+      row.sum *= exp_below(row.top - block_top);
       row.top = block_top;
     }
     // -inf - -inf would be NaN; against 0 such logits count as 0
     const float offset = row.top == -kInfinity ? 0.0f : row.top;
     const Vec shift = set1(offset);
-    row.sum += sum_vectors(
-        size, [&](int64_t i, int lanes) { return exp(load_lanes(block + i, lanes) - shift); });
+    row.sum += sum_vectors(size, [&](int64_t i, int lanes) {
+      return exp_below(load_lanes(block + i, lanes) - shift);
+    });
     if (!smooth) continue;
     // relative to the offset, so that logits far from 0 lose no digits
     double total = static_cast<double>(size);
@@ -99,7 +96,7 @@ void backward_row(const T* x, int64_t n, float lse, float of_p, float of_weight,
                   const float* weight, T* dx) {
   const Vec log_sum = set1(lse), factor = set1(of_p), constant = set1(-of_weight);
   for_vectors(n, [&](int64_t i, int lanes) {
-    const Vec p = exp(load_lanes(x + i, lanes) - log_sum);
+    const Vec p = exp_below(load_lanes(x + i, lanes) - log_sum);
     Vec d = p * factor;
     if (kSmooth) {
       const Vec w = weight == nullptr ? set1(1.0f) : load_lanes(weight + i, lanes);
@@ -139,7 +136,8 @@ void backward(const CrossEntropyBwd& p) {
       const float picked = here ? to_float(x[j]) : 0.0f;  // before dx, which may be x, is written
       backward_row<T, kSmooth>(x, n, lse, of_p, of_weight, weight, dx);
       if (here) {
-        const float others = exp_of(picked - lse) * of_p - of_weight * weight_of(p.weight, target);
+        const float others =
+            exp_below(picked - lse) * of_p - of_weight * weight_of(p.weight, target);
         dx[j] = from_float<T>(others - static_cast<float>(g * picked_weight));
       }
     }

@@ -44,7 +44,7 @@ void append(const TensorRef& cache, const TensorRef& rows, int64_t b, int64_t h,
 Head cache_head(const DecodeAttention& p, int64_t b, int64_t h) {
   const int64_t group = p.q.size[1] / p.k_cache.size[1];
   Head head;
-  head.dtype = p.q.dtype;
+  head.dtype = head.kv_dtype = p.q.dtype;
   head.d = static_cast<int>(p.q.size[3]);
   head.sq = p.q.size[2];
   head.sk = count_at(p.cache_lengths, b) + appended(p);
@@ -89,14 +89,15 @@ ContentError decode_attention_kernel(const DecodeAttention& p) {
         [&](int64_t unit, int64_t g) { return out_of(unit / hk, unit % hk * group + g); });
     return e;
   }
-  const int64_t tiles = ceil_div(t, kQueryTile);
-  const int workers = worker_count(b * h * tiles);
+  const int in_group = group_tiles(Head{}, b * h * ceil_div(t, kQueryTile));
+  const int64_t groups = ceil_div(t, in_group * kQueryTile);
+  const int workers = worker_count(b * h * groups);
   const Scratch memory(workers * attend_scratch(d) * sizeof(float));
-  parallel_items(b * h * tiles, workers, [&](int64_t item, int worker) {
-    const int64_t at_b = item / tiles / h, at_h = item / tiles % h;
-    attend_tile(cache_head(p, at_b, at_h), out_of(at_b, at_h),
-                (tiles - 1 - item % tiles) * kQueryTile,
-                memory.at() + worker * attend_scratch(d));
+  parallel_items(b * h * groups, workers, [&](int64_t item, int worker) {
+    const int64_t at_b = item / groups / h, at_h = item / groups % h;
+    const int64_t q0 = (groups - 1 - item % groups) * in_group * kQueryTile;
+    attend_tiles(cache_head(p, at_b, at_h), out_of(at_b, at_h), q0, in_group,
+                 memory.at() + worker * attend_scratch(d));
   });
   return e;
 }

@@ -14,11 +14,13 @@ namespace fastgpt {
 inline namespace FASTGPT_ISA {
 
 struct Floats {
+  static constexpr bool kPaired = false;
   static FASTGPT_INLINE Vec mac(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 };
 
 #if defined(__AVX512BF16__)
 struct Pairs {
+  static constexpr bool kPaired = true;
   static FASTGPT_INLINE Vec mac(Vec a, Vec b, Vec sum) {
     return Vec{_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
   }

@@ -2,7 +2,7 @@
 // bottom-right document by document; forward and backward run the tiles of dense attention, so a
 // document has the bits it would have alone.
 //
-// Plan: a dynamic queue over (document, head, query tile) forward, the plans of attention_bwd.h
+// Plan: a dynamic queue over (document, head, query tiles) forward, the plans of attention_bwd.h
 // over (document, key head) backward. Flops and bytes: those of dense attention, summed.
 #include "csrc/common/math.h"
 #include "csrc/cpu/attention_bwd.h"
@@ -58,7 +58,7 @@ struct Documents {
 
   Head head(int64_t i, int64_t h) const {
     Head head;
-    head.dtype = in.q.dtype;
+    head.dtype = head.kv_dtype = in.q.dtype;
     head.d = static_cast<int>(in.q.size[2]);
     head.sq = queries(i);
     head.sk = keys(i);
@@ -120,24 +120,30 @@ ContentError varlen_attention_fwd_kernel(const VarlenAttentionFwd& p) {
   const Documents documents{p.in};
   const int64_t h = p.in.q.size[1];
   const Scratch offsets((documents.count() + 1) * sizeof(int64_t));
-  int64_t* first_tile = offsets.at<int64_t>();
-  first_tile[0] = 0;
+  int64_t* first_item = offsets.at<int64_t>();
+  int64_t all_tiles = 0;
   for (int64_t i = 0; i < documents.count(); ++i) {
-    first_tile[i + 1] = first_tile[i] + h * ceil_div(documents.queries(i), kQueryTile);
+    all_tiles += h * ceil_div(documents.queries(i), kQueryTile);
   }
-  const int64_t items = first_tile[documents.count()];
+  const int group = group_tiles(Head{}, all_tiles);
+  const int64_t rows = int64_t{group} * kQueryTile;
+  first_item[0] = 0;
+  for (int64_t i = 0; i < documents.count(); ++i) {
+    first_item[i + 1] = first_item[i] + h * ceil_div(documents.queries(i), rows);
+  }
+  const int64_t items = first_item[documents.count()];
   const int workers = worker_count(items);
   const int d = static_cast<int>(p.in.q.size[2]);
   const Scratch memory(workers * attend_scratch(d) * sizeof(float));
   parallel_items(items, workers, [&](int64_t item, int worker) {
-    const int64_t i = owner_of(first_tile, documents.count(), item);
-    const int64_t tiles = (first_tile[i + 1] - first_tile[i]) / h;
-    const int64_t at_h = (item - first_tile[i]) / tiles, tile = (item - first_tile[i]) % tiles;
+    const int64_t i = owner_of(first_item, documents.count(), item);
+    const int64_t groups = (first_item[i + 1] - first_item[i]) / h;
+    const int64_t at_h = (item - first_item[i]) / groups, at_group = (item - first_item[i]) % groups;
     const int64_t first = documents.first_query(i);
     const HeadOut to = {packed_rows(p.out, first, at_h), packed_rows(p.out_lo, first, at_h),
                         static_cast<float*>(p.lse.data) + at_h * p.in.q.size[0] + first};
-    attend_tile(documents.head(i, at_h), to, (tiles - 1 - tile) * kQueryTile,
-                memory.at() + worker * attend_scratch(d));
+    attend_tiles(documents.head(i, at_h), to, (groups - 1 - at_group) * rows, group,
+                 memory.at() + worker * attend_scratch(d));
   });
   return ContentError{};
 }

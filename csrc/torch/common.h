@@ -66,9 +66,15 @@ inline TensorRef view_unless_empty(const Tensor& t) {
   return t.numel() == 0 ? TensorRef{} : view(t);
 }
 
-// A new contiguous tensor on like's device.
+// A new contiguous tensor on like's device. By the shim: torch::stable::new_empty looks the
+// operator up by its name on every call, which costs as much again as the allocation.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
-  return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
+  auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), size.begin(),
+                                                          static_cast<int64_t>(size.size()), &code,
+                                                          nullptr, nullptr, 0, nullptr, &handle));
+  return Tensor(handle);
 }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size) {

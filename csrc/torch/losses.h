@@ -24,10 +24,10 @@ struct CrossEntropyResult {
 inline CrossEntropyResult finish(const Tensor& target, const TensorRef& weight,
                                  const CrossEntropyOptions& o, const CrossEntropyRow* rows) {
   const int64_t r = target.size(0);
-  Tensor row_loss = torch::stable::new_empty(target, {r}, ScalarType::Float);
-  Tensor loss = torch::stable::new_empty(target, {}, ScalarType::Float);
-  Tensor lse = torch::stable::new_empty(target, {r}, ScalarType::Float);
-  Tensor weight_sum = torch::stable::new_empty(target, {}, ScalarType::Float);
+  Tensor row_loss = empty(target, {r}, ScalarType::Float);
+  Tensor loss = empty(target, {}, ScalarType::Float);
+  Tensor lse = empty(target, {r}, ScalarType::Float);
+  Tensor weight_sum = empty(target, {}, ScalarType::Float);
   cpu::cross_entropy_finish(
       {rows, view(target), weight, o, view(row_loss), view(loss), view(lse), view(weight_sum)});
   return {o.reduction == Reduction::none ? row_loss : loss, lse, weight_sum};

@@ -14,10 +14,11 @@ from fastgpt.ops._checks import (
     check_shape,
 )
 
+Names = tuple[str, str, str]
+NAMES = ("q", "k", "v")
 
-def check_qkv(
-    q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")
-) -> None:
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: Names = NAMES) -> None:
     """Check the shapes of q (b, h, sq, d) and of k and v (b, hk, sk, d)."""
     name_q, name_k, name_v = names
     check_rank(name_q, q, 4, "(b, h, sq, d)")
@@ -39,18 +40,20 @@ def check_heads(h: int, hk: int, d: int, name_q: str = "q", name_k: str = "k") -
         raise ValueError(f"{name_q}: expected a head dimension of at least 1, got {d}")
 
 
-def cast_together(*named: tuple[str, Tensor]) -> tuple[Tensor, ...]:
-    """Tensors in the autocast dtype (float64 stays); they must share a device and a dtype."""
-    first_name, first = named[0]
-    for name, tensor in named:
-        check_float(name, tensor)
-        check_same_device(name, tensor, first_name, first)
-    dtype = autocast_dtype(first)
+def cast_together(q: Tensor, k: Tensor, v: Tensor, names: Names = NAMES) -> tuple[Tensor, ...]:
+    """q, k and v in the autocast dtype (float64 stays); they must share a device and a dtype."""
+    name_q, name_k, name_v = names
+    check_same_device(name_k, k, name_q, q)
+    check_same_device(name_v, v, name_q, q)
+    check_float(name_q, q)
+    dtype = autocast_dtype(q)
     if dtype is not None:
-        named = tuple((n, t if t.dtype == torch.float64 else t.to(dtype)) for n, t in named)
-    for name, tensor in named[1:]:
-        check_same_dtype(name, tensor, first_name, named[0][1])
-    return tuple(tensor for _, tensor in named)
+        check_float(name_k, k)
+        check_float(name_v, v)
+        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    check_same_dtype(name_k, k, name_q, q)
+    check_same_dtype(name_v, v, name_q, q)
+    return q, k, v
 
 
 def check_scale(scale: float | None) -> None:

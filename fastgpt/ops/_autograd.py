@@ -6,10 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd must record: grad mode is on and one of `tensors` requires a gradient."""
+    """Whether autograd must record: grad mode is on and one of `tensors` requires a gradient.
+
+    Also inside forward-mode differentiation, where the op's autograd.Function, having no such
+    rule, raises instead of dropping the tangent.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

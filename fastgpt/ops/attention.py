@@ -93,7 +93,7 @@ def attention(
     et al. 2022 (https://arxiv.org/abs/2205.14135) and Dao 2023 (https://arxiv.org/abs/2307.08691).
     """
     check_qkv(q, k, v)
-    q, k, v = cast_together(("q", q), ("k", k), ("v", v))
+    q, k, v = cast_together(q, k, v)
     check_window(window)
     check_scale(scale)
     if key_padding_mask is not None:

@@ -12,7 +12,7 @@ from fastgpt.backends.reference import bias_gelu as reference
 from fastgpt.ops._autograd import needs_grad, once
 from fastgpt.ops._checks import check_float, check_parameter, check_shape, statistics_dtype
 from fastgpt.ops._library import define
-from fastgpt.ops._rows import as_rows, unit_stride
+from fastgpt.ops._rows import as_rows, from_rows, unit_stride
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
@@ -48,7 +48,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
         y = _BiasGelu.apply(backend, rows, bias, tanh)
     else:
         y = dispatch.kernel("bias_gelu", backend, "bias_gelu_fwd")(rows, bias, tanh)
-    return y.view(x.shape)
+    return from_rows(y, x)
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -56,7 +56,7 @@ class _BiasGelu(torch.autograd.Function):
     def forward(ctx: Any, backend: str, x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
         ctx.save_for_backward(x, bias)
         ctx.backend, ctx.tanh = backend, tanh
-        return dispatch.kernel("bias_gelu", backend, "bias_gelu_fwd")(x, bias, tanh)  # type: ignore[no-any-return]
+        return dispatch.kernel("bias_gelu", backend, "bias_gelu_fwd")(x, bias, tanh)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

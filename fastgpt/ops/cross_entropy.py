@@ -79,7 +79,8 @@ def cross_entropy(
             raise ValueError("weight: expected requires_grad=False, there is no gradient for it")
         weight = weight.contiguous()
 
-    x = as_rows(input.movedim(class_dim, -1))
+    last = class_dim == input.dim() - 1
+    x = as_rows(input if last else input.movedim(class_dim, -1))
     classes = target.reshape(-1).to(torch.int64).contiguous()
     options = (ignore_index, REDUCTIONS[reduction], label_smoothing)
     backend = dispatch.pick("cross_entropy", input)
@@ -111,7 +112,7 @@ class _CrossEntropy(torch.autograd.Function):
         loss, lse, weight_sum = run(x, target, weight, *options)
         ctx.save_for_backward(x, target, weight, lse, weight_sum)
         ctx.backend, ctx.options = backend, options
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:

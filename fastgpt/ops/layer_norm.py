@@ -184,10 +184,13 @@ class _AddLayerNorm(torch.autograd.Function):
         y, s, mean, rstd = run(x, residual, weight, bias, eps, out_dtype)
         ctx.save_for_backward(s, weight, bias, mean, rstd)
         ctx.backend = backend
+        ctx.set_materialize_grads(False)
         return y, s
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, ds: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Any:
+        if dy is None:
+            dy = torch.zeros_like(ctx.saved_tensors[0])
         dx, dweight, dbias = _backward(ctx, "add_layer_norm", dy, ds, (1, 3, 4))
         dx, dweight, dbias = once("add_layer_norm", dx, dweight, dbias)
         return None, dx, dx, dweight, dbias, None, None

@@ -116,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss, lse, weight_sum = run(x, weight, bias, target, *options)
         ctx.save_for_backward(x, weight, bias, target, lse, weight_sum)
         ctx.backend, ctx.options = backend, options
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:

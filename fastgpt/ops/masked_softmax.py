@@ -12,7 +12,7 @@ from fastgpt.backends.reference import masked_softmax as reference
 from fastgpt.ops._autograd import needs_grad, once
 from fastgpt.ops._checks import autocast_dtype, check_float, check_window
 from fastgpt.ops._library import define
-from fastgpt.ops._rows import as_matrices, unit_stride
+from fastgpt.ops._rows import as_matrices, from_rows, unit_stride
 
 
 def masked_softmax(
@@ -55,7 +55,7 @@ def masked_softmax(
     else:
         run = dispatch.kernel("masked_softmax", backend, "masked_softmax_fwd")
         y = run(x, scale, causal, window, out_dtype)
-    return y.view(scores.shape)
+    return from_rows(y, scores)
 
 
 class _MaskedSoftmax(torch.autograd.Function):
@@ -73,7 +73,7 @@ class _MaskedSoftmax(torch.autograd.Function):
         y = run(scores, scale, causal, window, out_dtype)
         ctx.save_for_backward(y)
         ctx.backend, ctx.mask, ctx.in_dtype = backend, (scale, causal, window), scores.dtype
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -63,7 +63,7 @@ def scaled_dot_product_attention(
     check_window(window)
     try:
         _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-        q, k, v = cast_together(*zip(_NAMES, (query, key, value), strict=True))
+        q, k, v = cast_together(query, key, value, _NAMES)
     except (ValueError, TypeError) as error:
         if window is not None:
             raise

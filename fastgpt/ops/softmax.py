@@ -12,7 +12,7 @@ from fastgpt.backends.reference import softmax as reference
 from fastgpt.ops._autograd import needs_grad, once
 from fastgpt.ops._checks import FLOAT_DTYPES, autocast_dtype, check_float, check_tensor
 from fastgpt.ops._library import define
-from fastgpt.ops._rows import as_rows, unit_stride
+from fastgpt.ops._rows import as_rows, from_rows, unit_stride
 
 
 def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
@@ -57,7 +57,7 @@ def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> T
         y = _Softmax.apply(backend, x, dtype)
     else:
         y = dispatch.kernel("softmax", backend, "softmax_fwd")(x, dtype)
-    y = y.view(moved.shape)
+    y = from_rows(y, moved)
     return y if last else y.movedim(-1, dim).contiguous()
 
 
@@ -67,7 +67,7 @@ class _Softmax(torch.autograd.Function):
         y = dispatch.kernel("softmax", backend, "softmax_fwd")(x, out_dtype)
         ctx.save_for_backward(y)
         ctx.backend, ctx.in_dtype = backend, x.dtype
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

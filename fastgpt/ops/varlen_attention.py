@@ -79,7 +79,7 @@ def varlen_attention(
     check_shape("k", k, (*k.shape[:2], q.shape[2]), "(tk, hk, d) with d of q")
     check_shape("v", v, tuple(k.shape), "that of k, (tk, hk, d)")
     check_heads(q.shape[1], k.shape[1], q.shape[2])
-    q, k, v = cast_together(("q", q), ("k", k), ("v", v))
+    q, k, v = cast_together(q, k, v)
     check_window(window)
     check_scale(scale)
     _check_offsets("cu_seqlens_q", cu_seqlens_q, q)

@@ -22,6 +22,7 @@ from tests.contract import (
     normal,
     rounded,
 )
+from tests.numerics import worst
 
 
 def hidden(inputs: Inputs) -> Inputs:
@@ -160,14 +161,15 @@ def low(**inputs: Any) -> Any:
 
 
 def cancellation(inputs: Inputs, results: Results) -> dict[str, float]:
-    """dS = P (dP - delta): where one key has all the weight, its terms are equal."""
+    """dS = P (dP - delta) and, in P's exponent, s - lse: where one key has all the weight, the
+    terms are equal."""
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     if q.numel() == 0 or k.numel() == 0:
         return {}
     seen, added, kept = pieces(inputs)
-    p = attend(q, k, v, seen, inputs["scale"], added, kept)[2]
-    group = q.shape[1] // k.shape[1]
-    dp = results["outgoing_out"] @ v.repeat_interleave(group, 1).transpose(-1, -2)
+    _, lse, p = attend(q, k, v, seen, inputs["scale"], added, kept)
+    group, dout = q.shape[1] // k.shape[1], results["outgoing_out"]
+    dp = dout @ v.repeat_interleave(group, 1).transpose(-1, -2)
     dp = dp if kept is None else dp * kept
     terms = (p * dp).abs().max().item()
     scale = q.shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
@@ -175,6 +177,7 @@ def cancellation(inputs: Inputs, results: Results) -> dict[str, float]:
     return {
         "dq": scale * terms * k.abs().max().item(),
         "dk": scale * terms * q.abs().max().item(),
+        "dv": worst(lse) * worst(p.transpose(-1, -2) @ dout.abs()),
         "dbias": terms,
         "lse": scale * scores,
     }

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgpt import functional as F
 from tests.attention_in_torch import attend, band
 from tests.contract import Case, Inputs, OpSpec, Results, Rows, check_contract, grid, normal
+from tests.numerics import worst
 from tests.ops.test_attention import stored
 
 
@@ -113,17 +114,20 @@ def cancellation(inputs: Inputs, results: Results) -> dict[str, float]:
     if q.numel() == 0 or k.numel() == 0:
         return {}
     group = q.shape[1] // k.shape[1]
-    terms = 0.0
-    for (own_q, own_k), p in zip(documents(inputs), by_document(inputs)[2], strict=True):
+    terms, exponents = 0.0, 0.0
+    _, lses, ps = by_document(inputs)
+    for (own_q, own_k), lse, p in zip(documents(inputs), lses, ps, strict=True):
         dout = results["outgoing_out"][own_q].transpose(0, 1)
         dp = dout @ v[own_k].repeat_interleave(group, 1).permute(1, 2, 0)
-        terms = max([terms, *(p[0] * dp).abs().flatten().tolist()])
+        terms = max(terms, worst(p[0] * dp))
+        exponents = max(exponents, worst(lse) * worst(p[0].transpose(-1, -2) @ dout.abs()))
     scale = q.shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
-    largest_q, largest_k = q.abs().max().item(), k.abs().max().item()
+    largest_q, largest_k = worst(q), worst(k)
     return {
         "dq": scale * terms * largest_k,
         "dk": scale * terms * largest_q,
-        "lse": scale * q.abs().sum(-1).max().item() * largest_k,
+        "dv": exponents,
+        "lse": scale * worst(q.abs().sum(-1)) * largest_k,
     }
 
 

@@ -1,0 +1,38 @@
+// Operands of the tile product in pairs of bf16 (Pairs of tile_gemm.h), where the level has it: two
+// neighbours along the depth of a product share a 32-bit element. A pair along d is a row of bf16
+// as it is stored; a pair along keys or queries interleaves two rows.
+#pragma once
+
+#include "csrc/cpu/attention_head.h"
+#include "csrc/cpu/tile_gemm.h"
+
+namespace fastgpt {
+inline namespace FASTGPT_ISA {
+
+// A mask zeroes keys of float copies, so it keeps to the float products.
+FASTGPT_INLINE bool uses_pairs(const Head& head) {
+  return kHasPairs && head.dtype == DType::bf16 && head.mask.data == nullptr;
+}
+
+FASTGPT_INLINE int pairs_of(int n) { return (n + 1) / 2; }
+
+// A range of keys widened to whole pairs; the band hides what that adds.
+FASTGPT_INLINE KeyRange whole_pairs(KeyRange keys) {
+  return KeyRange{keys.begin & ~int64_t{1}, (keys.end + 1) & ~int64_t{1}};
+}
+
+// bf16 rows (n, d) -> out (n, pairs_of(d)), rows `step` elements apart, an odd d padded with 0.
+void pack_row_pairs(const Rows& rows, int64_t first, int n, int d, float* out, int64_t step);
+
+// Keys `keys`, whole pairs of which only those in `real` are read, in pairs along d, hidden ones 0.
+void pack_key_row_pairs(const Head& head, const Rows& rows, KeyRange keys, KeyRange real,
+                        float* out, int64_t step);
+
+// Rows (2 n, ...) in pairs along d -> out (n, d) in pairs of rows.
+void interleave_rows(const float* rows, int64_t row_step, int n, int d, float* out, int64_t step);
+
+// x (2 n, lanes) floats, rounded to bf16 -> out (n, lanes) in pairs of rows.
+void round_row_pairs(const float* x, int n, int lanes, float* out);
+
+}  // namespace FASTGPT_ISA
+}  // namespace fastgpt

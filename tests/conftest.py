@@ -1,0 +1,31 @@
+"""Shared by all tests: what runs here, at the head of the report, and a clean slate for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastgpt import dispatch
+from fastgpt.backends import native
+
+
+def pytest_report_header() -> list[str]:
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
+    for name in dispatch.BACKENDS:
+        device = "cuda" if name in ("cuda", "triton") else "cpu"
+        reason = dispatch.refusal("layer_norm", name, device, torch.float32)
+        runs = f"runs ({native.cpu_isa() or 'ISA unknown'})" if name == "cpu" else "runs"
+        lines.append(f"fastgpt {name}: {reason or runs}")
+    return lines
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seeded, and without a backend that the environment or an earlier test forced."""
+    monkeypatch.delenv("FASTGPT_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_forced", None)
+    torch.manual_seed(0)
+    yield
+    assert dispatch._forced is None, "a test left a backend forced"
