@@ -27,7 +27,7 @@ class DemoOptions:
     """What the command line sets; a test sets the sizes too."""
 
     texts: tuple[Path, ...] = ()
-    steps: int = 180
+    steps: int = 320
     seed: int = 0
     out: Path = Path("fastgpt-demo")
     device: str = "cpu"
@@ -37,7 +37,7 @@ class DemoOptions:
     text_bytes: int = 8_000_000
     new_tokens: int = 160
     rounds: int = 7
-    prompt: str = "def "
+    prompt: str = "def"
 
 
 def run(options: DemoOptions, console: Console) -> Comparison:
@@ -68,7 +68,7 @@ def run(options: DemoOptions, console: Console) -> Comparison:
         context=options.context,
         warmup=max(1, options.steps // 10),
         seed=options.seed,
-        eval_every=max(1, options.steps // 9),
+        eval_every=max(1, options.steps // 8),
     )
     trainer = Trainer(model, train_tokens, held_out_tokens, training, options.device)
     screen.train(trainer, console)
@@ -112,7 +112,7 @@ def run(options: DemoOptions, console: Console) -> Comparison:
     console.print(
         f"{minutes:.1f} minutes. In {options.out}: model and tokenizer, {CURVE_FILE} (the loss "
         f"curve), {FIGURES_FILE} (these figures).\n"
-        f"More of its writing: fastgpt generate --model {options.out} --prompt 'class '",
+        f"More of its writing: fastgpt generate --model {options.out} --prompt class",
         highlight=False,
         soft_wrap=True,
     )

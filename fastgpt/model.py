@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastgpt import functional as F
+from fastgpt.cache import KVCache, visible_keys
 from fastgpt.config import GPTConfig
-from fastgpt.generate import KVCache, generate
-from fastgpt.nn import DecoderBlock, LayerNorm, visible_keys
+from fastgpt.generate import generate
+from fastgpt.nn import DecoderBlock, LayerNorm
 from fastgpt.ops._checks import host_checks
 
 IGNORE_INDEX = -100

@@ -6,18 +6,14 @@ another forward: constructor, attributes, state_dict and repr are torch's.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt import functional as F
+from fastgpt.cache import LayerCache, visible_keys
 from fastgpt.config import GPTConfig
-
-if TYPE_CHECKING:
-    from fastgpt.generate import LayerCache
 
 __all__ = [
     "MLP",
@@ -356,25 +352,3 @@ def check_hidden(x: Tensor, n_embd: int) -> None:
     """ValueError unless x is (b, s, n_embd)."""
     if x.dim() != 3 or x.shape[2] != n_embd:
         raise ValueError(f"x: expected shape (b, s, {n_embd}), got {tuple(x.shape)}")
-
-
-def visible_keys(attention_mask: Tensor | None, b: int, keys: int) -> Tensor | None:
-    """attention_mask as the bool (b, keys) that the ops take, None if there is none.
-
-    Raises:
-        ValueError: another shape.
-        TypeError: a float mask, whose meaning (additive or not) would be a guess.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.is_floating_point() or attention_mask.is_complex():
-        raise TypeError(
-            "attention_mask: expected dtype bool or an integer (1 = visible), "
-            f"got {attention_mask.dtype}"
-        )
-    if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (b, keys):
-        raise ValueError(
-            f"attention_mask: expected shape (b, keys) = {(b, keys)}, "
-            f"got {tuple(attention_mask.shape)}"
-        )
-    return attention_mask.bool()

@@ -33,7 +33,7 @@ def attend(
     added: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out (b, h, sq, d), lse (b, h, sq), p (b, h, sq, sk), for q (b, h, sq, d), k, v (b, hk, sk, d).
+    """out (b, h, sq, d), lse (b, h, sq), p (b, h, sq, sk) of q (b, h, sq, d), k, v (b, hk, sk, d).
 
     `seen` (bool), `added` to the scores, and `kept` (dropout's factor on p) broadcast to p.
     Rows that see no key have p = 0 and lse = -inf.

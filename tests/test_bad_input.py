@@ -290,9 +290,9 @@ def test_bad_contents_write_nothing() -> None:
 def test_arguments_are_checked_before_anything_is_allocated() -> None:
     """A shape that no machine could allocate for is refused by its error, not by the allocator."""
     q = torch.empty(1, 1, 1, 8).expand(2**20, 4, 2**20, 8)
-    with pytest.raises(ValueError, match="^window"):
+    with pytest.raises(ValueError, match=r"^window"):
         F.attention(q, q, q, window=0)
-    with pytest.raises(ValueError, match="^residual"):
+    with pytest.raises(ValueError, match=r"^residual"):
         F.add_layer_norm(q, q[1:], 8)
 
 

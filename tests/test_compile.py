@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map
 
 import fastgpt
@@ -26,7 +27,7 @@ from tests.contract import (
     same_bits,
     skip_unless_runs,
 )
-from tests.specs import SPECS, every
+from tests.specs import every
 
 # One case per op, the one that passes the most optional arguments.
 RICHEST = {
@@ -93,3 +94,53 @@ def test_compiled_equals_eager(spec: OpSpec, backend: str) -> None:
         with torch.no_grad():
             inference = run(spec, compiled, inputs, outgoing, device)
         same_bits("compiled without gradients", inference, {n: eager[n] for n in inference})
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "reference"])
+
+
+@BACKENDS
+def test_ten_lengths_cost_at_most_two_compilations(backend: str) -> None:
+    skip_unless_runs("attention", backend)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def block(x: Tensor) -> Tensor:
+        heads = F.layer_norm(x, 32).unflatten(-1, (4, 8)).transpose(1, 2)
+        return F.attention(heads, heads, heads, window=6).sum()
+
+    with fastgpt.backend(backend):
+        for s in (4, 6, 7, 9, 13, 16, 33, 40, 64, 65):
+            x = torch.randn(2, s, 32, requires_grad=True)
+            block(x).backward()
+            assert x.grad.isfinite().all()
+    assert counter.frame_count <= 2
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(32))
+        self.head = torch.nn.Parameter(torch.randn(11, 32))
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        heads = F.layer_norm(x, 32, self.weight).unflatten(-1, (4, 8)).transpose(1, 2)
+        merged = F.attention(heads, heads, heads, window=3).transpose(1, 2).flatten(2)
+        return F.linear_cross_entropy(F.bias_gelu(merged), self.head, target)
+
+
+@BACKENDS
+def test_export_keeps_the_ops_and_the_values(backend: str) -> None:
+    skip_unless_runs("attention", backend)
+    module, x = Block().requires_grad_(False), torch.randn(2, 7, 32)
+    target = torch.randint(11, (2, 7))
+    with fastgpt.backend(backend):
+        s = torch.export.Dim("s", min=2, max=64)
+        exported = torch.export.export(
+            module, (x, target), dynamic_shapes={"x": {1: s}, "target": {1: s}}
+        )
+        names = {str(node.target) for node in exported.graph.nodes}
+        assert ("fastgpt.attention_fwd.default" in names) == (backend == "cpu")
+        longer, classes = torch.randn(2, 20, 32), torch.randint(11, (2, 20))
+        torch.testing.assert_close(exported.module()(longer, classes), module(longer, classes))

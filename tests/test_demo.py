@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_it_shows(folder: Path) -> None:
     shown = (folder / "screen.txt").read_text()
-    for expected in ("dense, band of 64", "held-out loss", "def ", "tokens/s", "peak memory"):
+    for expected in ("dense, band of 64", "held-out loss", "def", "tokens/s", "peak memory"):
         assert expected in shown, shown
     assert "largest logit difference" in shown
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.generate import KVCache, sample
+from fastgpt.cache import KVCache
+from fastgpt.generate import sample
 
 SMALL = {
     "vocab_size": 41,

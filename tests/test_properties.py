@@ -44,7 +44,7 @@ def close(got: Tensor, want: Tensor, scale: float = 1.0) -> None:
 
 def key_by_key(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Tensor:
     """Attention from the definition of visibility, one query at a time, in float64."""
-    (b, h, sq, d), (_, hk, sk, _) = q.shape, k.shape
+    (_, h, sq, d), (_, hk, sk, _) = q.shape, k.shape
     out = torch.zeros(q.shape, dtype=torch.float64)
     for i in range(sq):
         at = i + sk - sq

@@ -24,12 +24,12 @@ struct QueryTile {
   int64_t q0;
   int nq;
   int lanes;
-  float* q_t;      // (d, lanes)
-  float* dout_t;   // (d, lanes)
-  float* q_rows;   // (nq, padded(d))
+  float* q_t;     // (d, lanes)
+  float* dout_t;  // (d, lanes)
+  float* q_rows;  // (nq, padded(d))
   float* dout_rows;
-  float* lse;      // (lanes) in units of log 2; +inf where the query sees no key
-  float* delta;    // (lanes) rowsum(dout * out) - dlse
+  float* lse;    // (lanes) in units of log 2; +inf where the query sees no key
+  float* delta;  // (lanes) rowsum(dout * out) - dlse
 };
 
 int64_t query_tile_floats(int d);
@@ -53,7 +53,8 @@ TileGradient score_gradient(const GradHead& g, const QueryTile& tile, KeyRange k
 void backward_tile(const GradHead& g, const QueryTile& tile, KeyRange keys, float* dk, float* dv,
                    float* dq_t, float* scratch);
 
-// Packs the keys of a unit into k and v (sk, packed_step(d)); use_packed then points its heads there.
+// Packs the keys of a unit into k and v (sk, packed_step(d)); use_packed then points its heads
+// there.
 void pack_unit(const Head& head, float* k, float* v);
 void use_packed(Head& head, float* k, float* v);
 
@@ -178,12 +179,13 @@ void backward_split_tiles(const Problem& problem, int threads) {
     const KeyRange queries = queries_of_keys(first, begin, end);
     for (int64_t h = 0; h < group; ++h) {
       for (int64_t t = queries.begin / kQueryTile; t * kQueryTile < queries.end; ++t) {
-        with_tile(query_tiles[unit] + h * a_head + t, [&](const GradHead& g, const QueryTile& tile) {
-          const KeyRange keys = keys_of_block(g.head, tile.q0, tile.nq, block);
-          if (keys.begin >= keys.end) return;
-          const int64_t at = (keys.begin - begin) * row;
-          backward_tile(g, tile, keys, dk + at, dv + at, nullptr, scratch);
-        });
+        with_tile(query_tiles[unit] + h * a_head + t,
+                  [&](const GradHead& g, const QueryTile& tile) {
+                    const KeyRange keys = keys_of_block(g.head, tile.q0, tile.nq, block);
+                    if (keys.begin >= keys.end) return;
+                    const int64_t at = (keys.begin - begin) * row;
+                    backward_tile(g, tile, keys, dk + at, dv + at, nullptr, scratch);
+                  });
       }
     }
     const int n = static_cast<int>(end - begin);

@@ -34,7 +34,9 @@ __attribute__((noinline)) void differentiate(float* scores, float* dp, const flo
 
 }  // namespace
 
-int64_t query_tile_floats(int d) { return int64_t{4} * padded(d) * kQueryTile + 2 * kQueryTile; }
+int64_t query_tile_floats(int d) {
+  return int64_t{4} * padded(d) * kQueryTile + 2 * kQueryTile;
+}
 
 int64_t bwd_scratch(int d) {
   return int64_t{3} * kKeyTile * kQueryTile + 2 * kKeyTile * packed_step(d);

@@ -17,7 +17,8 @@ inline Rows head_rows(const TensorRef& t, int64_t b, int64_t h) {
 // The (sq, sk) plane of a (b|1, h|1, sq|1, sk|1) tensor.
 inline Plane head_plane(const TensorRef& t, int64_t b, int64_t h) {
   if (!t) return Plane{};
-  const int64_t at = (t.size[0] == 1 ? 0 : b) * t.stride[0] + (t.size[1] == 1 ? 0 : h) * t.stride[1];
+  const int64_t at =
+      (t.size[0] == 1 ? 0 : b) * t.stride[0] + (t.size[1] == 1 ? 0 : h) * t.stride[1];
   const int bytes = t.dtype == DType::u8 ? 1 : element_size(t.dtype);
   return Plane{static_cast<const char*>(t.data) + at * bytes, t.dtype,
                t.size[2] == 1 ? 0 : t.stride[2], t.size[3] == 1 ? 0 : t.stride[3]};
@@ -44,16 +45,16 @@ inline Head dense_head(const AttentionInputs& in, int64_t b, int64_t h) {
   head.v = head_rows(in.v, b, h / group);
   if (in.key_padding_mask) {
     head.key_visible_stride = in.key_padding_mask.stride[1];
-    head.key_visible = static_cast<const uint8_t*>(in.key_padding_mask.data) +
-                       b * in.key_padding_mask.stride[0];
+    head.key_visible =
+        static_cast<const uint8_t*>(in.key_padding_mask.data) + b * in.key_padding_mask.stride[0];
   }
   head.bias = head_plane(in.bias, b, h);
   head.mask = head_plane(in.mask, b, h);
   if (in.alibi_slopes) {
     head.alibi = true;
     const TensorRef& slopes = in.alibi_slopes;
-    const int64_t at = slopes.ndim == 2 ? b * slopes.stride[0] + h * slopes.stride[1]
-                                        : h * slopes.stride[0];
+    const int64_t at =
+        slopes.ndim == 2 ? b * slopes.stride[0] + h * slopes.stride[1] : h * slopes.stride[0];
     head.slope = static_cast<const float*>(slopes.data)[at];
   }
   if (in.dropout_p > 0.0 && in.dropout_seed) {

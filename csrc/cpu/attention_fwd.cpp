@@ -78,7 +78,9 @@ void multiply(float* x, const float* factor, int64_t n) {
 }
 
 // Floats for one tile of queries: q and out, (d, lanes) each, and its state.
-int64_t tile_floats(int d) { return int64_t{2} * padded(d) * kQueryTile; }
+int64_t tile_floats(int d) {
+  return int64_t{2} * padded(d) * kQueryTile;
+}
 
 // One tile of queries on its way through the keys.
 struct Running {
@@ -224,9 +226,7 @@ void attention_fwd_kernel(const AttentionFwd& p) {
     const int64_t hk = p.in.k.size[1], group = q.size[1] / hk;
     split_attention(
         q.size[0] * hk, group, sq, any.sk, any.d,
-        [&](int64_t unit, int64_t g) {
-          return dense_head(p.in, unit / hk, unit % hk * group + g);
-        },
+        [&](int64_t unit, int64_t g) { return dense_head(p.in, unit / hk, unit % hk * group + g); },
         [&](int64_t unit, int64_t g) { return out_of(unit / hk, unit % hk * group + g); });
     return;
   }

@@ -16,7 +16,8 @@ FASTGPT_INLINE void exchange(NativeFloat& a, NativeFloat& b) {
 #define FASTGPT_HIGH(c) (((c) & S) ? kLanes + (c) : (c) + S)
 #define FASTGPT_FOUR(f, c) f(c), f(c + 1), f(c + 2), f(c + 3)
 #if defined(__AVX512F__)
-#define FASTGPT_ALL(f) FASTGPT_FOUR(f, 0), FASTGPT_FOUR(f, 4), FASTGPT_FOUR(f, 8), FASTGPT_FOUR(f, 12)
+#define FASTGPT_ALL(f) \
+  FASTGPT_FOUR(f, 0), FASTGPT_FOUR(f, 4), FASTGPT_FOUR(f, 8), FASTGPT_FOUR(f, 12)
 #elif defined(__AVX2__)
 #define FASTGPT_ALL(f) FASTGPT_FOUR(f, 0), FASTGPT_FOUR(f, 4)
 #else
@@ -50,7 +51,9 @@ FASTGPT_INLINE void prefetch_row(const char* row, int bytes) {
   for (int at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, write ? 1 : 0);
 }
 
-FASTGPT_INLINE int at_most_lanes(int n) { return n < kLanes ? n : kLanes; }
+FASTGPT_INLINE int at_most_lanes(int n) {
+  return n < kLanes ? n : kLanes;
+}
 
 }  // namespace
 
@@ -229,8 +232,7 @@ void dropout_factors(const Head& head, const ScoreTile& tile, float* factor) {
       for (int lane = 0; lane < 4; ++lane) {
         const int64_t j = group * 4 + lane - tile.k0;
         if (j < 0 || j >= tile.nk) continue;
-        factor[j * tile.lanes + i] =
-            random.word[lane] >= dropout.threshold ? dropout.scale : 0.0f;
+        factor[j * tile.lanes + i] = random.word[lane] >= dropout.threshold ? dropout.scale : 0.0f;
       }
     }
   }

@@ -68,9 +68,15 @@ FASTGPT_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 
-FASTGPT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTGPT_INLINE int whole_vectors(int n) { return (n + kLanes - 1) / kLanes; }
-FASTGPT_INLINE int padded(int n) { return whole_vectors(n) * kLanes; }
+FASTGPT_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+FASTGPT_INLINE int whole_vectors(int n) {
+  return (n + kLanes - 1) / kLanes;
+}
+FASTGPT_INLINE int padded(int n) {
+  return whole_vectors(n) * kLanes;
+}
 
 // The keys that one query sees by the causal and band rule, as a range cut to [first_key, sk).
 FASTGPT_INLINE KeyRange keys_of_query(const Head& head, int64_t query) {
@@ -96,7 +102,7 @@ FASTGPT_INLINE KeyRange keys_of_block(const Head& head, int64_t q0, int nq, int6
 
 // The queries that may see any of the keys [begin, end).
 FASTGPT_INLINE KeyRange queries_of_keys(const Head& head, int64_t begin, int64_t end) {
-  const int64_t first = head.causal          ? begin - head.offset
+  const int64_t first = head.causal        ? begin - head.offset
                         : head.window != 0 ? begin - head.offset - head.window + 1
                                            : 0;
   const int64_t past = head.window != 0 ? end - 1 + head.window - head.offset : head.sq;
@@ -114,7 +120,9 @@ inline int64_t owner_of(const int64_t* first, int64_t owners, int64_t item) {
   return low;
 }
 
-FASTGPT_INLINE int element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+FASTGPT_INLINE int element_size(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
 
 FASTGPT_INLINE char* row_at(const Rows& rows, DType dtype, int64_t i) {
   const int64_t slot = rows.ring == 0 ? i : i % rows.ring;
@@ -171,7 +179,9 @@ void narrow_rows(const float* in, int64_t step, const Rows& rows, DType dtype, i
 
 // Floats from one packed key to the next: an odd number of cache lines, so that the keys of a tile
 // spread over all sets of the cache, whatever the head's own strides.
-FASTGPT_INLINE int64_t packed_step(int d) { return (ceil_div(d, 16) | 1) * 16; }
+FASTGPT_INLINE int64_t packed_step(int d) {
+  return (ceil_div(d, 16) | 1) * 16;
+}
 
 // Keys [first, first + n) as floats, packed_step(d) apart, with hidden padding zeroed, so that what
 // it holds cannot leak.
@@ -204,8 +214,8 @@ struct ScoreTile {
 // Hides what the causal and band rule hides; free where the tile lies wholly inside.
 void apply_band(const Head& head, const ScoreTile& tile);
 
-// Bias, ALiBi, mask and padding. Keys that the mask hides from every query of the tile are zeroed in
-// k and v, which are copies of this tile's own whenever the head has a mask.
+// Bias, ALiBi, mask and padding. Keys that the mask hides from every query of the tile are zeroed
+// in k and v, which are copies of this tile's own whenever the head has a mask.
 void apply_features(const Head& head, const ScoreTile& tile, const FloatRows& k,
                     const FloatRows& v);
 

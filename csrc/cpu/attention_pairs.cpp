@@ -41,8 +41,7 @@ void round_row_pairs(const float* x, int n, int lanes, float* out) {
   for (int p = 0; p < n; ++p) {
     const float* low = x + 2 * p * lanes;
     for (int i = 0; i < lanes; i += kLanes) {
-      const NativeUint pair =
-          bf16_bits(load(low + i)) | (bf16_bits(load(low + lanes + i)) << 16);
+      const NativeUint pair = bf16_bits(load(low + i)) | (bf16_bits(load(low + lanes + i)) << 16);
       store(out + p * lanes + i, from_bits(pair));
     }
   }

@@ -14,7 +14,9 @@ FASTGPT_INLINE bool uses_pairs(const Head& head) {
   return kHasPairs && head.dtype == DType::bf16 && head.mask.data == nullptr;
 }
 
-FASTGPT_INLINE int pairs_of(int n) { return (n + 1) / 2; }
+FASTGPT_INLINE int pairs_of(int n) {
+  return (n + 1) / 2;
+}
 
 // A range of keys widened to whole pairs; the band hides what that adds.
 FASTGPT_INLINE KeyRange whole_pairs(KeyRange keys) {

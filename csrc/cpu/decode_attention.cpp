@@ -16,7 +16,9 @@ int64_t count_at(const TensorRef& counts, int64_t b) {
   return static_cast<const int32_t*>(counts.data)[b];
 }
 
-int64_t appended(const DecodeAttention& p) { return p.k_new ? p.k_new.size[2] : 0; }
+int64_t appended(const DecodeAttention& p) {
+  return p.k_new ? p.k_new.size[2] : 0;
+}
 
 ContentError check(const DecodeAttention& p) {
   for (int64_t b = 0; b < p.q.size[0]; ++b) {

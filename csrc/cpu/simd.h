@@ -5,34 +5,10 @@
 // everything is inlined, so no symbol is shared between levels.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's own _mm512_undefined_ps() initialises a variable with itself.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#endif
-
-#ifndef FASTGPT_ISA
-#error "compile CPU kernels with -DFASTGPT_ISA=<level>"
-#endif
-
-#define FASTGPT_INLINE inline __attribute__((always_inline))
+#include "csrc/cpu/half.h"
 
 namespace fastgpt {
 inline namespace FASTGPT_ISA {
-
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -61,74 +37,11 @@ struct Mask {
 };
 #endif
 
-// ---- scalar conversions ------------------------------------------------------------------------
-
-FASTGPT_INLINE uint32_t float_bits(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  return u;
-}
-
-FASTGPT_INLINE float bits_float(uint32_t u) {
-  float x;
-  std::memcpy(&x, &u, 4);
-  return x;
-}
-
-FASTGPT_INLINE float to_float(float x) { return x; }
-FASTGPT_INLINE float to_float(bf16 x) { return bits_float(uint32_t{x.bits} << 16); }
-FASTGPT_INLINE float to_float(f16 x) {
-#if defined(__F16C__)
-  return _cvtsh_ss(x.bits);
-#else
-  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  // Shifting into a float's exponent field leaves a factor 2^-112, subnormals included.
-  return bits_float(float_bits(bits_float(magnitude << 13) * 0x1p112f) | sign);
-#endif
-}
-
-template <typename T>
-T from_float(float x);
-
-template <>
-FASTGPT_INLINE float from_float<float>(float x) {
-  return x;
-}
-
-template <>
-FASTGPT_INLINE bf16 from_float<bf16>(float x) {
-  const uint32_t u = float_bits(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return bf16{static_cast<uint16_t>((u >> 16) | 0x40u)};
-  return bf16{static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
-}
-
-template <>
-FASTGPT_INLINE f16 from_float<f16>(float x) {
-#if defined(__F16C__)
-  return f16{_cvtss_sh(x, 0)};
-#else
-  const uint32_t u = float_bits(x);
-  const uint32_t sign = (u >> 16) & 0x8000u;
-  const uint32_t magnitude = u & 0x7fffffffu;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
-    half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal: the sum with 0.5 rounds at 2^-24
-    half = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  return f16{static_cast<uint16_t>(sign | half)};
-#endif
-}
-
 // ---- arithmetic --------------------------------------------------------------------------------
 
-FASTGPT_INLINE Vec zero() { return Vec{NativeFloat{}}; }
+FASTGPT_INLINE Vec zero() {
+  return Vec{NativeFloat{}};
+}
 FASTGPT_INLINE Vec set1(float x) {
 #if defined(__AVX512F__)
   return Vec{_mm512_set1_ps(x)};
@@ -138,18 +51,40 @@ FASTGPT_INLINE Vec set1(float x) {
   return Vec{NativeFloat{x, x, x, x}};
 #endif
 }
-FASTGPT_INLINE Vec broadcast(const float* p) { return set1(*p); }
+FASTGPT_INLINE Vec broadcast(const float* p) {
+  return set1(*p);
+}
 
-FASTGPT_INLINE Vec operator+(Vec a, Vec b) { return Vec{a.v + b.v}; }
-FASTGPT_INLINE Vec operator-(Vec a, Vec b) { return Vec{a.v - b.v}; }
-FASTGPT_INLINE Vec operator*(Vec a, Vec b) { return Vec{a.v * b.v}; }
-FASTGPT_INLINE Vec operator/(Vec a, Vec b) { return Vec{a.v / b.v}; }
-FASTGPT_INLINE Vec operator-(Vec a) { return Vec{-a.v}; }
-FASTGPT_INLINE Vec add(Vec a, Vec b) { return a + b; }
-FASTGPT_INLINE Vec sub(Vec a, Vec b) { return a - b; }
-FASTGPT_INLINE Vec mul(Vec a, Vec b) { return a * b; }
-FASTGPT_INLINE Vec div(Vec a, Vec b) { return a / b; }
-FASTGPT_INLINE Vec neg(Vec a) { return -a; }
+FASTGPT_INLINE Vec operator+(Vec a, Vec b) {
+  return Vec{a.v + b.v};
+}
+FASTGPT_INLINE Vec operator-(Vec a, Vec b) {
+  return Vec{a.v - b.v};
+}
+FASTGPT_INLINE Vec operator*(Vec a, Vec b) {
+  return Vec{a.v * b.v};
+}
+FASTGPT_INLINE Vec operator/(Vec a, Vec b) {
+  return Vec{a.v / b.v};
+}
+FASTGPT_INLINE Vec operator-(Vec a) {
+  return Vec{-a.v};
+}
+FASTGPT_INLINE Vec add(Vec a, Vec b) {
+  return a + b;
+}
+FASTGPT_INLINE Vec sub(Vec a, Vec b) {
+  return a - b;
+}
+FASTGPT_INLINE Vec mul(Vec a, Vec b) {
+  return a * b;
+}
+FASTGPT_INLINE Vec div(Vec a, Vec b) {
+  return a / b;
+}
+FASTGPT_INLINE Vec neg(Vec a) {
+  return -a;
+}
 
 // a * b + c, in one rounding where the level has FMA.
 FASTGPT_INLINE Vec fma(Vec a, Vec b, Vec c) {
@@ -187,9 +122,15 @@ FASTGPT_INLINE Vec min(Vec a, Vec b) {
 #endif
 }
 
-FASTGPT_INLINE NativeUint bits_of(Vec a) { return (NativeUint)a.v; }
-FASTGPT_INLINE Vec from_bits(NativeUint u) { return Vec{(NativeFloat)u}; }
-FASTGPT_INLINE Vec abs(Vec a) { return from_bits(bits_of(a) & 0x7fffffffu); }
+FASTGPT_INLINE NativeUint bits_of(Vec a) {
+  return (NativeUint)a.v;
+}
+FASTGPT_INLINE Vec from_bits(NativeUint u) {
+  return Vec{(NativeFloat)u};
+}
+FASTGPT_INLINE Vec abs(Vec a) {
+  return from_bits(bits_of(a) & 0x7fffffffu);
+}
 FASTGPT_INLINE Vec copysign(Vec magnitude, Vec sign) {
   return from_bits((bits_of(magnitude) & 0x7fffffffu) | (bits_of(sign) & 0x80000000u));
 }
@@ -219,21 +160,43 @@ FASTGPT_INLINE Mask operator<=(Vec a, Vec b) {
 FASTGPT_INLINE Mask operator==(Vec a, Vec b) {
   return Mask{_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)};
 }
-FASTGPT_INLINE Mask operator&(Mask a, Mask b) { return Mask{static_cast<__mmask16>(a.m & b.m)}; }
-FASTGPT_INLINE Mask operator|(Mask a, Mask b) { return Mask{static_cast<__mmask16>(a.m | b.m)}; }
-FASTGPT_INLINE Mask operator~(Mask a) { return Mask{static_cast<__mmask16>(~a.m)}; }
-FASTGPT_INLINE bool any(Mask a) { return a.m != 0; }
+FASTGPT_INLINE Mask operator&(Mask a, Mask b) {
+  return Mask{static_cast<__mmask16>(a.m & b.m)};
+}
+FASTGPT_INLINE Mask operator|(Mask a, Mask b) {
+  return Mask{static_cast<__mmask16>(a.m | b.m)};
+}
+FASTGPT_INLINE Mask operator~(Mask a) {
+  return Mask{static_cast<__mmask16>(~a.m)};
+}
+FASTGPT_INLINE bool any(Mask a) {
+  return a.m != 0;
+}
 FASTGPT_INLINE Vec select(Mask m, Vec a, Vec b) {
   return Vec{_mm512_mask_blend_ps(m.m, b.v, a.v)};
 }
 #else
-FASTGPT_INLINE Mask first_lanes(int n) { return Mask{lane_index() < n}; }
-FASTGPT_INLINE Mask operator<(Vec a, Vec b) { return Mask{a.v < b.v}; }
-FASTGPT_INLINE Mask operator<=(Vec a, Vec b) { return Mask{a.v <= b.v}; }
-FASTGPT_INLINE Mask operator==(Vec a, Vec b) { return Mask{a.v == b.v}; }
-FASTGPT_INLINE Mask operator&(Mask a, Mask b) { return Mask{a.m & b.m}; }
-FASTGPT_INLINE Mask operator|(Mask a, Mask b) { return Mask{a.m | b.m}; }
-FASTGPT_INLINE Mask operator~(Mask a) { return Mask{~a.m}; }
+FASTGPT_INLINE Mask first_lanes(int n) {
+  return Mask{lane_index() < n};
+}
+FASTGPT_INLINE Mask operator<(Vec a, Vec b) {
+  return Mask{a.v < b.v};
+}
+FASTGPT_INLINE Mask operator<=(Vec a, Vec b) {
+  return Mask{a.v <= b.v};
+}
+FASTGPT_INLINE Mask operator==(Vec a, Vec b) {
+  return Mask{a.v == b.v};
+}
+FASTGPT_INLINE Mask operator&(Mask a, Mask b) {
+  return Mask{a.m & b.m};
+}
+FASTGPT_INLINE Mask operator|(Mask a, Mask b) {
+  return Mask{a.m | b.m};
+}
+FASTGPT_INLINE Mask operator~(Mask a) {
+  return Mask{~a.m};
+}
 FASTGPT_INLINE bool any(Mask a) {
 #if defined(__AVX2__)
   return _mm256_movemask_ps((__m256)a.m) != 0;
@@ -248,8 +211,12 @@ FASTGPT_INLINE Vec select(Mask m, Vec a, Vec b) {
 }
 #endif
 
-FASTGPT_INLINE Mask operator>(Vec a, Vec b) { return b < a; }
-FASTGPT_INLINE Mask operator>=(Vec a, Vec b) { return b <= a; }
+FASTGPT_INLINE Mask operator>(Vec a, Vec b) {
+  return b < a;
+}
+FASTGPT_INLINE Mask operator>=(Vec a, Vec b) {
+  return b <= a;
+}
 
 // ---- loads -------------------------------------------------------------------------------------
 
@@ -308,9 +275,12 @@ FASTGPT_INLINE Vec load(const Half* p, int n) {
 #endif
 }
 
-// ---- stores: round to nearest even, NaN kept -----------------------------------------------------
+// ---- stores: round to nearest even, NaN kept
+// -----------------------------------------------------
 
-FASTGPT_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
+FASTGPT_INLINE void store(float* p, Vec a) {
+  std::memcpy(p, &a.v, sizeof(a.v));
+}
 
 FASTGPT_INLINE void store(float* p, Vec a, int n) {
 #if defined(__AVX512F__)
@@ -388,7 +358,8 @@ FASTGPT_INLINE void stream_fence() {
 #endif
 }
 
-// ---- reductions: halves added pairwise, the same order on every call -----------------------------
+// ---- reductions: halves added pairwise, the same order on every call
+// -----------------------------
 
 #if defined(__SSE2__)
 FASTGPT_INLINE float reduce_add(__m128 x) {
@@ -418,10 +389,16 @@ FASTGPT_INLINE float reduce_max(__m512 x) {
 #endif
 
 #if defined(__SSE2__)
-FASTGPT_INLINE float reduce_add(Vec a) { return reduce_add(a.v); }
-FASTGPT_INLINE float reduce_max(Vec a) { return reduce_max(a.v); }
+FASTGPT_INLINE float reduce_add(Vec a) {
+  return reduce_add(a.v);
+}
+FASTGPT_INLINE float reduce_max(Vec a) {
+  return reduce_max(a.v);
+}
 #else
-FASTGPT_INLINE float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+FASTGPT_INLINE float reduce_add(Vec a) {
+  return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
+}
 FASTGPT_INLINE float reduce_max(Vec a) {
   const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2];
   const float y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];

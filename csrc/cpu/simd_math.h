@@ -9,7 +9,9 @@
 namespace fastgpt {
 inline namespace FASTGPT_ISA {
 
-FASTGPT_INLINE float log(float x) { return __builtin_logf(x); }
+FASTGPT_INLINE float log(float x) {
+  return __builtin_logf(x);
+}
 
 // Nearest integer for |x| < 2^22, ties to even.
 FASTGPT_INLINE Vec round_nearest(Vec x) {

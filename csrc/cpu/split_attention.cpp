@@ -1,6 +1,6 @@
 // A few queries over one split of the keys, d along the vector lanes: s = q k^T key by key, the
-// online softmax per block of keys, o += p v; then the merge m = max(m_i), l = sum(l_i 2^(m_i - m)),
-// out = sum(o_i 2^(m_i - m)) / l.
+// online softmax per block of keys, o += p v; then the merge m = max(m_i), l = sum(l_i 2^(m_i -
+// m)), out = sum(o_i 2^(m_i - m)) / l.
 //
 // Plan: four queries share each load of k and v; a block of 64 keys stays in L1 between the two
 // products. Bytes: k and v once per unit, which bounds the speed. Flops: 4 sk d a query.
@@ -141,7 +141,9 @@ void attend_keys(const Head* heads, int64_t rows, const float* q, KeyRange keys,
 
 }  // namespace
 
-int64_t split_scratch(int d, int64_t rows) { return rows * padded(d) + kRowBlock * kKeyTile; }
+int64_t split_scratch(int d, int64_t rows) {
+  return rows * padded(d) + kRowBlock * kKeyTile;
+}
 
 void attend_split(const Head* heads, int64_t group, int64_t split_keys, int64_t split,
                   float* partial, float* scratch) {

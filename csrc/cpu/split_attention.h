@@ -19,7 +19,9 @@ inline int64_t keys_per_split(int64_t capacity) {
 }
 
 // Floats of one partial result: o (padded(d)) unnormalised, m and l.
-inline int64_t partial_floats(int d) { return padded(d) + 2; }
+inline int64_t partial_floats(int d) {
+  return padded(d) + 2;
+}
 
 // Floats of scratch that attend_split needs.
 int64_t split_scratch(int d, int64_t rows);

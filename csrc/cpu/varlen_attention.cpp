@@ -1,6 +1,6 @@
 // Attention within each of the documents packed into q (tq, h, d) and k, v (tk, hk, d), aligned
 // bottom-right document by document; forward and backward run the tiles of dense attention, so a
-// document has the bits it would have alone.
+// document has the bits it would have alone. Rows behind the last document: output and gradients 0.
 //
 // Plan: a dynamic queue over (document, head, query tiles) forward, the plans of attention_bwd.h
 // over (document, key head) backward. Flops and bytes: those of dense attention, summed.
@@ -25,17 +25,17 @@ ContentError check_offsets(const TensorRef& offsets, const char* name, int64_t t
     }
     if (at[i] - at[i - 1] > longest) return ContentError{name, too_long, i, at[i]};
   }
-  if (at[documents] != total) return ContentError{name, wrong_end, documents, at[documents]};
+  if (at[documents] > total) return ContentError{name, wrong_end, documents, at[documents]};
   return ContentError{};
 }
 
 ContentError check(const VarlenAttentionInputs& in) {
-  const ContentError e =
-      check_offsets(in.cu_seqlens_q, "cu_seqlens_q", in.q.size[0], in.max_seqlen_q,
-                    "the number of rows of q", "an offset at most max_seqlen_q past the last one");
+  const ContentError e = check_offsets(in.cu_seqlens_q, "cu_seqlens_q", in.q.size[0],
+                                       in.max_seqlen_q, "at most the number of rows of q",
+                                       "an offset at most max_seqlen_q past the last one");
   if (e.argument != nullptr) return e;
   return check_offsets(in.cu_seqlens_k, "cu_seqlens_k", in.k.size[0], in.max_seqlen_k,
-                       "the number of rows of k",
+                       "at most the number of rows of k",
                        "an offset at most max_seqlen_k past the last one");
 }
 
@@ -46,12 +46,26 @@ Rows packed_rows(const TensorRef& t, int64_t first, int64_t h) {
   return Rows{static_cast<char*>(t.data) + at * element_size(t.dtype), t.stride[0], 0};
 }
 
+// Zeroes the rows of a (t, h, d) tensor from `first` on: those of no document.
+void zero_tail(const TensorRef& t, int64_t first) {
+  if (!t) return;
+  for (int64_t i = first; i < t.size[0]; ++i) {
+    for (int64_t h = 0; h < t.size[1]; ++h) {
+      std::memset(packed_rows(t, i, h).data, 0, t.size[2] * element_size(t.dtype));
+    }
+  }
+}
+
 struct Documents {
   const VarlenAttentionInputs& in;
 
   int64_t count() const { return in.cu_seqlens_q.size[0] - 1; }
-  int64_t first_query(int64_t i) const { return static_cast<const int32_t*>(in.cu_seqlens_q.data)[i]; }
-  int64_t first_key(int64_t i) const { return static_cast<const int32_t*>(in.cu_seqlens_k.data)[i]; }
+  int64_t first_query(int64_t i) const {
+    return static_cast<const int32_t*>(in.cu_seqlens_q.data)[i];
+  }
+  int64_t first_key(int64_t i) const {
+    return static_cast<const int32_t*>(in.cu_seqlens_k.data)[i];
+  }
   int64_t queries(int64_t i) const { return first_query(i + 1) - first_query(i); }
   int64_t keys(int64_t i) const { return first_key(i + 1) - first_key(i); }
   int64_t group() const { return in.q.size[1] / in.k.size[1]; }
@@ -138,19 +152,32 @@ ContentError varlen_attention_fwd_kernel(const VarlenAttentionFwd& p) {
   parallel_items(items, workers, [&](int64_t item, int worker) {
     const int64_t i = owner_of(first_item, documents.count(), item);
     const int64_t groups = (first_item[i + 1] - first_item[i]) / h;
-    const int64_t at_h = (item - first_item[i]) / groups, at_group = (item - first_item[i]) % groups;
+    const int64_t at_h = (item - first_item[i]) / groups,
+                  at_group = (item - first_item[i]) % groups;
     const int64_t first = documents.first_query(i);
     const HeadOut to = {packed_rows(p.out, first, at_h), packed_rows(p.out_lo, first, at_h),
                         static_cast<float*>(p.lse.data) + at_h * p.in.q.size[0] + first};
     attend_tiles(documents.head(i, at_h), to, (groups - 1 - at_group) * rows, group,
                  memory.at() + worker * attend_scratch(d));
   });
+  const int64_t used = documents.first_query(documents.count());
+  zero_tail(p.out, used);
+  zero_tail(p.out_lo, used);
+  for (int64_t at_h = 0; at_h < h; ++at_h) {
+    float* lse = static_cast<float*>(p.lse.data) + at_h * p.in.q.size[0];
+    for (int64_t i = used; i < p.in.q.size[0]; ++i) lse[i] = -__builtin_inff();
+  }
   return ContentError{};
 }
 
 ContentError varlen_attention_bwd_kernel(const VarlenAttentionBwd& p) {
   const ContentError e = check(p.in);
-  if (e.argument == nullptr && p.in.k.size[1] != 0) backward(Packed{p, Documents{p.in}});
+  if (e.argument != nullptr) return e;
+  const Documents documents{p.in};
+  if (p.in.k.size[1] != 0) backward(Packed{p, documents});
+  zero_tail(p.dq, documents.first_query(documents.count()));
+  zero_tail(p.dk, documents.first_key(documents.count()));
+  zero_tail(p.dv, documents.first_key(documents.count()));
   return e;
 }
 

@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
                            : empty(q, {0}, ScalarType::Float);
   cpu::attention_bwd({inputs(q, k, v, scale, causal, window, query_offset, key_padding_mask, bias,
                              mask, alibi_slopes, dropout_p, dropout_seed),
-                      view(dout), view(dlse), view(out), view(lse), view_unless_empty(out_lo), view(dq),
-                      view(dk), view(dv), view_unless_empty(dbias)});
+                      view(dout), view(dlse), view(out), view(lse), view_unless_empty(out_lo),
+                      view(dq), view(dk), view(dv), view_unless_empty(dbias)});
   return {dq, dk, dv, dbias};
 }
 

@@ -13,10 +13,10 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
   Tensor out = token_major(q, b, h, t, d);
   Tensor lse = empty(q, {b, h, t}, ScalarType::Float);
   if (q.numel() != 0) {
-    check_contents(cpu::decode_attention({view(q), view(k_cache), view(v_cache),
-                                          view(cache_lengths), view(k_new), view(v_new),
-                                          view(cache_start), view(out), view(lse),
-                                          static_cast<float>(scale), window.value_or(0), ring}));
+    check_contents(
+        cpu::decode_attention({view(q), view(k_cache), view(v_cache), view(cache_lengths),
+                               view(k_new), view(v_new), view(cache_start), view(out), view(lse),
+                               static_cast<float>(scale), window.value_or(0), ring}));
   }
   return {out, lse};
 }

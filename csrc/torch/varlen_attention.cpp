@@ -22,18 +22,20 @@ VarlenAttentionInputs inputs(const Tensor& q, const Tensor& k, const Tensor& v,
   return in;
 }
 
-std::tuple<Tensor, Tensor, Tensor> varlen_attention_fwd(
-    Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q,
-    int64_t max_seqlen_k, double scale, bool causal, std::optional<int64_t> window,
-    bool need_out_lo) {
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_fwd(Tensor q, Tensor k, Tensor v,
+                                                        Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                                                        int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                        double scale, bool causal,
+                                                        std::optional<int64_t> window,
+                                                        bool need_out_lo) {
   const int64_t tq = q.size(0), h = q.size(1), d = q.size(2);
   Tensor out = empty(q, {tq, h, d});
   Tensor lse = empty(q, {h, tq}, ScalarType::Float);
   Tensor out_lo = stores_out_lo(q, need_out_lo) ? empty(q, {tq, h, d}) : empty(q, {0});
-  check_contents(cpu::varlen_attention_fwd(
-      {inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-              window),
-       view(out), view(lse), view_unless_empty(out_lo)}));
+  check_contents(
+      cpu::varlen_attention_fwd({inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                        max_seqlen_k, scale, causal, window),
+                                 view(out), view(lse), view_unless_empty(out_lo)}));
   return {out, lse, out_lo};
 }
 
@@ -44,11 +46,11 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
   Tensor dq = empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor dk = empty(k, {k.size(0), k.size(1), k.size(2)});
   Tensor dv = empty(v, {v.size(0), v.size(1), v.size(2)});
-  check_contents(cpu::varlen_attention_bwd(
-      {inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-              window),
-       view(dout), view(dlse), view(out), view(lse), view_unless_empty(out_lo), view(dq), view(dk),
-       view(dv)}));
+  check_contents(
+      cpu::varlen_attention_bwd({inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                        max_seqlen_k, scale, causal, window),
+                                 view(dout), view(dlse), view(out), view(lse),
+                                 view_unless_empty(out_lo), view(dq), view(dk), view(dv)}));
   return {dq, dk, dv};
 }
 

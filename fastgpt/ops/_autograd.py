@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: str, anchor: Tensor, *grads: Tensor | None) -> Any:
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> Any:
         ctx.op = op
-        return tuple(None if g is None else g.view_as(g) for g in grads)
+        return tuple(None if g is None else g.view_as(g) for g in tensors[count:])
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -34,12 +35,15 @@ class _Once(torch.autograd.Function):
         )
 
 
-def once(op: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def once(
+    op: str, sources: Sequence[Tensor | None], *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Mark the gradients that a backward returns: differentiating them raises RuntimeError.
 
-    Without it a gradient penalty would treat them as constants and be silently wrong.
+    Without it a gradient penalty would treat them as constants and be silently wrong. `sources`
+    are the tensors that they were computed from: each must lead to the error, also where autograd
+    is asked for its gradient alone.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return grads
-    anchor = torch.empty(0, requires_grad=True)
-    return _Once.apply(op, anchor, *grads)
+    return _Once.apply(op, len(sources), *sources, *grads)

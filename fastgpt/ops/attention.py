@@ -359,7 +359,8 @@ class _Attention(torch.autograd.Function):
                 need_dbias,
             )
             dbias = dbias.to(bias.dtype) if need_dbias else None
-        return None, *once("attention", dq, dk, dv, dbias), *(None,) * 10
+        sources = (dout, dlse, q, k, v, bias)
+        return None, *once("attention", sources, dq, dk, dv, dbias), *(None,) * 10
 
 
 def _attention_fwd_fake(

@@ -66,7 +66,7 @@ class _BiasGelu(torch.autograd.Function):
             run = dispatch.kernel("bias_gelu", ctx.backend, "bias_gelu_bwd")
             dx, dbias = run(unit_stride(dy), x, bias, ctx.tanh, need_dbias)
             dbias = dbias.to(bias.dtype) if need_dbias else None
-        return None, *once("bias_gelu", dx, dbias), None
+        return None, *once("bias_gelu", (dy, x, bias), dx, dbias), None
 
 
 def _bias_gelu_fwd_fake(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:

@@ -118,8 +118,9 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> Any:
         with torch.no_grad():
             run = dispatch.kernel("cross_entropy", ctx.backend, "cross_entropy_bwd")
-            dx = run(dloss.contiguous(), *ctx.saved_tensors, *ctx.options)
-        return None, *once("cross_entropy", dx), None, None, None, None, None
+            saved = ctx.saved_tensors
+            dx = run(dloss.contiguous(), *saved, *ctx.options)
+        return None, *once("cross_entropy", (dloss, *saved), dx), None, None, None, None, None
 
 
 def _cross_entropy_fwd_fake(

@@ -164,8 +164,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        dx, dweight, dbias = _backward(ctx, "layer_norm", dy, None, (1, 2, 3))
-        return None, *once("layer_norm", dx, dweight, dbias), None, None
+        return None, *_backward(ctx, "layer_norm", dy, None, (1, 2, 3)), None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -189,23 +188,20 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Any:
-        if dy is None:
-            dy = torch.zeros_like(ctx.saved_tensors[0])
         dx, dweight, dbias = _backward(ctx, "add_layer_norm", dy, ds, (1, 3, 4))
-        dx, dweight, dbias = once("add_layer_norm", dx, dweight, dbias)
         return None, dx, dx, dweight, dbias, None, None
 
 
 def _backward(
-    ctx: Any, op: str, dy: Tensor, ds: Tensor | None, inputs: tuple[int, int, int]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ctx: Any, op: str, dy: Tensor | None, ds: Tensor | None, inputs: tuple[int, int, int]
+) -> tuple[Tensor | None, ...]:
     """Gradients of the input, the weight and the bias, whose argument positions are `inputs`."""
     x, weight, bias, mean, rstd = ctx.saved_tensors
     need_dweight, need_dbias = (ctx.needs_input_grad[i] for i in inputs[1:])
     with torch.no_grad():
         run = dispatch.kernel(op, ctx.backend, "layer_norm_bwd")
         dx, dweight, dbias = run(
-            _unit_stride(dy),
+            torch.zeros_like(x) if dy is None else _unit_stride(dy),
             x,
             weight,
             mean,
@@ -214,11 +210,9 @@ def _backward(
             need_dweight,
             need_dbias,
         )
-        return (
-            dx,
-            dweight.to(weight.dtype) if need_dweight else None,
-            dbias.to(bias.dtype) if need_dbias else None,
-        )
+        dweight = dweight.to(weight.dtype) if need_dweight else None
+        dbias = dbias.to(bias.dtype) if need_dbias else None
+    return once(op, (dy, ds, x, weight, bias), dx, dweight, dbias)
 
 
 def _unit_stride(rows: Tensor) -> Tensor:

@@ -120,16 +120,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        bias = ctx.saved_tensors[2]
+        saved = ctx.saved_tensors
+        bias = saved[2]
         needed = ctx.needs_input_grad[1:4]
         with torch.no_grad():
             run = dispatch.kernel("linear_cross_entropy", ctx.backend, "linear_cross_entropy_bwd")
-            grads = run(dloss.contiguous(), *ctx.saved_tensors, *ctx.options, *needed)
+            grads = run(dloss.contiguous(), *saved, *ctx.options, *needed)
             dx, dweight, dbias = (g if n else None for g, n in zip(grads, needed, strict=True))
             dbias = None if dbias is None else dbias.to(bias.dtype)
         return (
             None,
-            *once("linear_cross_entropy", dx, dweight, dbias),
+            *once("linear_cross_entropy", (dloss, *saved), dx, dweight, dbias),
             *(None,) * 4,
         )
 

@@ -81,7 +81,7 @@ class _MaskedSoftmax(torch.autograd.Function):
         with torch.no_grad():
             run = dispatch.kernel("masked_softmax", ctx.backend, "masked_softmax_bwd")
             dscores = run(unit_stride(dy), y, *ctx.mask, ctx.in_dtype)
-        return None, *once("masked_softmax", dscores), None, None, None, None
+        return None, *once("masked_softmax", (dy, y), dscores), None, None, None, None
 
 
 def _masked_softmax_fwd_fake(

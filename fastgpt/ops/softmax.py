@@ -75,7 +75,7 @@ class _Softmax(torch.autograd.Function):
         with torch.no_grad():
             run = dispatch.kernel("softmax", ctx.backend, "softmax_bwd")
             dx = run(unit_stride(dy), y, ctx.in_dtype)
-        return None, *once("softmax", dx), None
+        return None, *once("softmax", (dy, y), dx), None
 
 
 def _softmax_fwd_fake(x: Tensor, out_dtype: torch.dtype) -> Tensor:

@@ -169,16 +169,17 @@ class _VarlenAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
-        out = ctx.saved_tensors[3]
+        saved = ctx.saved_tensors
+        out = saved[3]
         run = dispatch.kernel("varlen_attention", ctx.backend, "varlen_attention_bwd")
         with torch.no_grad():
             grads = run(
                 torch.zeros_like(out) if dout is None else unit_stride(dout),
                 None if dlse is None else dlse.contiguous(),
-                *ctx.saved_tensors,
+                *saved,
                 *ctx.options,
             )
-        return None, *once("varlen_attention", *grads), *(None,) * 8
+        return None, *once("varlen_attention", (dout, dlse, *saved), *grads), *(None,) * 8
 
 
 def _varlen_attention_fwd_fake(
