@@ -272,15 +272,24 @@ def _call_native(overload: torch._ops.OpOverload, *args: Any) -> Any:
         raise ValueError(content[1].strip()) from None
 
 
-def kernel(op: str, backend: str, name: str) -> Callable[..., Any]:
-    """The raw op `name` (as `layer_norm_fwd`) of `op` on `backend`; all share its schema."""
-    if backend in ("cpu", "cuda"):
-        overload = getattr(torch.ops.fastgpt, name).default
-        if torch.compiler.is_compiling():
-            return overload
-        return functools.partial(_call_native, overload)
+@functools.cache
+def _native_kernel(name: str) -> Callable[..., Any]:
+    return functools.partial(_call_native, getattr(torch.ops.fastgpt, name).default)
+
+
+@functools.cache
+def _python_kernel(op: str, backend: str, name: str) -> Callable[..., Any]:
     module = importlib.import_module(f"fastgpt.backends.{backend}.{MODULES.get(op, op)}")
     return getattr(module, name)
+
+
+def kernel(op: str, backend: str, name: str) -> Callable[..., Any]:
+    """The raw op `name` (as `layer_norm_fwd`) of `op` on `backend`; all share its schema."""
+    if backend not in ("cpu", "cuda"):
+        return _python_kernel(op, backend, name)
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.fastgpt, name).default
+    return _native_kernel(name)
 
 
 def support_matrix() -> str:

@@ -6,7 +6,7 @@
 //                 threads a unit. Taken when too few units would leave threads idle.
 #pragma once
 
-#include "csrc/cpu/attention_head.h"
+#include "csrc/cpu/attention_pairs.h"
 #include "csrc/cpu/parallel.h"
 
 namespace fastgpt {
@@ -24,6 +24,7 @@ struct QueryTile {
   int64_t q0;
   int nq;
   int lanes;
+  // Floats, or pairs of bf16 where the head uses_pairs: q_t and dout_t along d, the others of rows.
   float* q_t;     // (d, lanes)
   float* dout_t;  // (d, lanes)
   float* q_rows;  // (nq, padded(d))
@@ -48,15 +49,32 @@ struct TileGradient {
 TileGradient score_gradient(const GradHead& g, const QueryTile& tile, KeyRange keys, float outer,
                             float* scratch);
 
+// Keys [begin, end) in whole pairs where the head uses them; accumulators have room for that.
+KeyRange tile_keys(const Head& head, KeyRange keys);
+
 // Adds what the tile contributes to dk and dv (nk, padded(d)) from key `keys.begin`, unless they
 // are null, and to dq_t (d, lanes), unless it is null.
 void backward_tile(const GradHead& g, const QueryTile& tile, KeyRange keys, float* dk, float* dv,
                    float* dq_t, float* scratch);
 
-// Packs the keys of a unit into k and v (sk, packed_step(d)); use_packed then points its heads
+// Keys of one unit as every product of its tiles reads them, rows packed_step(d) apart.
+struct UnitKeys {
+  float* k;        // (sk, ...)
+  float* v;        // (sk, ...)
+  float* k_pairs;  // (sk / 2, ...), only where the head uses_pairs
+};
+
+constexpr int64_t kUnitKeyRows = kHasPairs ? 3 : 2;  // rows of UnitKeys a key, at most
+
+// Room for n keys of a unit, a multiple of 2, from `buffer` on.
+inline UnitKeys unit_keys(float* buffer, int64_t n, int d) {
+  return UnitKeys{buffer, buffer + n * packed_step(d), buffer + 2 * n * packed_step(d)};
+}
+
+// Packs keys [begin, end), begin a multiple of kKeyTile; use_packed points a head of the unit
 // there.
-void pack_unit(const Head& head, float* k, float* v);
-void use_packed(Head& head, float* k, float* v);
+void pack_unit(const Head& head, KeyRange keys, const UnitKeys& to);
+void use_packed(Head& head, const UnitKeys& keys);
 
 void store_dq(const GradHead& g, const QueryTile& tile, const float* dq_t);
 
@@ -89,7 +107,8 @@ void backward_whole_units(const Problem& problem, int threads) {
   const int d = problem.d();
   const int64_t row = padded(d);
   const int64_t fixed = query_tile_floats(d) + bwd_scratch(d) + row * kQueryTile;
-  const int64_t each = fixed + 2 * problem.longest_keys() * (row + packed_step(d));
+  const int64_t room = problem.longest_keys() + 1;
+  const int64_t each = fixed + room * (2 * row + kUnitKeyRows * packed_step(d));
   const int workers = problem.units() < threads ? static_cast<int>(problem.units()) : threads;
   const Scratch memory(workers * each * sizeof(float));
   parallel_items(problem.units(), workers, [&](int64_t unit, int worker) {
@@ -98,23 +117,23 @@ void backward_whole_units(const Problem& problem, int threads) {
     float* dq_t = buffer + query_tile_floats(d);
     float* dk = dq_t + row * kQueryTile;
     const Head first = problem.head(unit, 0).head;
-    const int64_t sk = first.sk;
-    float* dv = dk + sk * row;
-    float* k = dv + sk * row;
-    float* v = k + sk * packed_step(d);
-    std::memset(dk, 0, 2 * sk * row * sizeof(float));
-    pack_unit(first, k, v);
+    const int64_t sk = first.sk, even = (sk + 1) & ~int64_t{1};
+    float* dv = dk + even * row;
+    const UnitKeys packed = unit_keys(dv + even * row, even, d);
+    std::memset(dk, 0, 2 * even * row * sizeof(float));
+    pack_unit(first, {0, sk}, packed);
     for (int64_t h = 0; h < problem.group(); ++h) {
       GradHead g = problem.head(unit, h);
-      use_packed(g.head, k, v);
+      use_packed(g.head, packed);
       for (int64_t q0 = 0; q0 < g.head.sq; q0 += kQueryTile) {
         const QueryTile tile = query_tile(g, q0, buffer);
         prepare_query_tile(g, tile);
         std::memset(dq_t, 0, row * kQueryTile * sizeof(float));
         const KeyRange seen = keys_of_queries(g.head, q0, q0 + tile.nq - 1);
         for (int64_t block = seen.begin / kKeyTile; block * kKeyTile < seen.end; ++block) {
-          const KeyRange keys = keys_of_block(g.head, tile.q0, tile.nq, block);
-          if (keys.begin >= keys.end) continue;
+          const KeyRange seen_here = keys_of_block(g.head, tile.q0, tile.nq, block);
+          if (seen_here.begin >= seen_here.end) continue;
+          const KeyRange keys = tile_keys(g.head, seen_here);
           backward_tile(g, tile, keys, dk + keys.begin * row, dv + keys.begin * row, dq_t, scratch);
         }
         store_dq(g, tile, dq_t);
@@ -139,9 +158,12 @@ void backward_split_tiles(const Problem& problem, int threads) {
     key_tiles[unit + 1] = key_tiles[unit] + ceil_div(head.sk, kKeyTile);
   }
   const Scratch tiles(query_tiles[units] * query_tile_floats(d) * sizeof(float));
-  const int64_t key_floats = kKeyTile * packed_step(d);
-  const Scratch all_k(key_tiles[units] * key_floats * sizeof(float));
-  const Scratch all_v(key_tiles[units] * key_floats * sizeof(float));
+  const int64_t key_floats = kUnitKeyRows * kKeyTile * packed_step(d);
+  const Scratch all_keys(key_tiles[units] * key_floats * sizeof(float));
+  const auto keys_of_unit = [&](int64_t unit) {
+    const int64_t n = (key_tiles[unit + 1] - key_tiles[unit]) * kKeyTile;
+    return unit_keys(all_keys.at() + key_tiles[unit] * key_floats, n, d);
+  };
   const int64_t each = bwd_scratch(d) + 2 * row * (kQueryTile + kKeyTile);
   const Scratch memory(threads * each * sizeof(float));
 
@@ -151,17 +173,14 @@ void backward_split_tiles(const Problem& problem, int threads) {
     const int64_t a_head = (query_tiles[unit + 1] - query_tiles[unit]) / group;
     const int64_t local = item - query_tiles[unit];
     GradHead g = problem.head(unit, local / a_head);
-    use_packed(g.head, all_k.at() + key_tiles[unit] * key_floats,
-               all_v.at() + key_tiles[unit] * key_floats);
+    use_packed(g.head, keys_of_unit(unit));
     body(g, query_tile(g, local % a_head * kQueryTile, tiles.at() + item * query_tile_floats(d)));
   };
   parallel_items(key_tiles[units], threads, [&](int64_t item, int) {
     const int64_t unit = owner_of(key_tiles, units, item);
     const int64_t begin = (item - key_tiles[unit]) * kKeyTile;
     const Head head = problem.head(unit, 0).head;
-    const int n = static_cast<int>(clamp(head.sk - begin, 0, kKeyTile));
-    pack_keys(head, head.k, begin, n, all_k.at() + item * key_floats);
-    pack_keys(head, head.v, begin, n, all_v.at() + item * key_floats);
+    pack_unit(head, {begin, clamp(begin + kKeyTile, 0, head.sk)}, keys_of_unit(unit));
   });
   parallel_items(query_tiles[units], threads, [&](int64_t item, int) {
     with_tile(item, [](const GradHead& g, const QueryTile& tile) { prepare_query_tile(g, tile); });
@@ -201,7 +220,7 @@ void backward_split_tiles(const Problem& problem, int threads) {
       for (int64_t block = seen.begin / kKeyTile; block * kKeyTile < seen.end; ++block) {
         const KeyRange keys = keys_of_block(g.head, tile.q0, tile.nq, block);
         if (keys.begin >= keys.end) continue;
-        backward_tile(g, tile, keys, nullptr, nullptr, dq_t, scratch);
+        backward_tile(g, tile, tile_keys(g.head, keys), nullptr, nullptr, dq_t, scratch);
       }
       store_dq(g, tile, dq_t);
     });

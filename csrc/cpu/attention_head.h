@@ -49,7 +49,8 @@ struct Head {
   float scale = 1.0f;
   Rows q, k, v;
 
-  bool packed = false;                   // k and v come from pack_keys
+  Rows k_pairs;         // where uses_pairs: k in pairs of rows, packed_step(d) apart
+  bool packed = false;  // k and v come from pack_keys
   const uint8_t* key_visible = nullptr;  // (sk), 0 = hidden padding
   int64_t key_visible_stride = 0;
   Plane bias;

@@ -37,6 +37,11 @@ void interleave_rows(const float* rows, int64_t row_step, int n, int d, float* o
   }
 }
 
+void round_column_pairs(const float* x, int n, int columns, float* out) {
+  bf16* to = reinterpret_cast<bf16*>(out);
+  for (int64_t i = 0; i < int64_t{n} * columns; i += kLanes) store(to + i, load(x + i));
+}
+
 void round_row_pairs(const float* x, int n, int lanes, float* out) {
   for (int p = 0; p < n; ++p) {
     const float* low = x + 2 * p * lanes;

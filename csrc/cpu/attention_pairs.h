@@ -9,9 +9,11 @@
 namespace fastgpt {
 inline namespace FASTGPT_ISA {
 
-// A mask zeroes keys of float copies, so it keeps to the float products.
+// A mask zeroes keys of float copies, and the gradient of a bias is float32, so these two keep to
+// the float products.
 FASTGPT_INLINE bool uses_pairs(const Head& head) {
-  return kHasPairs && head.dtype == DType::bf16 && head.mask.data == nullptr;
+  return kHasPairs && head.dtype == DType::bf16 && head.mask.data == nullptr &&
+         head.bias.data == nullptr;
 }
 
 FASTGPT_INLINE int pairs_of(int n) {
@@ -33,7 +35,11 @@ void pack_key_row_pairs(const Head& head, const Rows& rows, KeyRange keys, KeyRa
 // Rows (2 n, ...) in pairs along d -> out (n, d) in pairs of rows.
 void interleave_rows(const float* rows, int64_t row_step, int n, int d, float* out, int64_t step);
 
-// x (2 n, lanes) floats, rounded to bf16 -> out (n, lanes) in pairs of rows.
+// x (n, columns) floats, an even number of them, rounded to bf16 -> out (n, columns / 2) in pairs
+// along the row; out may be x.
+void round_column_pairs(const float* x, int n, int columns, float* out);
+
+// x (2 n, lanes) floats, rounded to bf16 -> out (n, lanes) in pairs of rows; out may be x.
 void round_row_pairs(const float* x, int n, int lanes, float* out);
 
 }  // namespace FASTGPT_ISA
