@@ -37,7 +37,7 @@ class DemoOptions:
     text_bytes: int = 8_000_000
     new_tokens: int = 160
     rounds: int = 7
-    prompt: str = "def"
+    prompt: str = "import os\n\n\ndef"
 
 
 def run(options: DemoOptions, console: Console) -> Comparison:
@@ -87,7 +87,7 @@ def run(options: DemoOptions, console: Console) -> Comparison:
         options.prompt,
         console,
         min(options.new_tokens, options.context - 1 - len(tokenizer.encode(options.prompt).ids)),
-        temperature=0.8,
+        temperature=0.7,
         top_k=40,
         generator=torch.Generator(options.device).manual_seed(options.seed),
     )

@@ -83,7 +83,7 @@ class OpSpec:
     gradients: tuple[str, ...]
     cases: tuple[Case, ...]
     rows: Rows
-    stored: Mapping[str, Callable[[tuple[Any, ...], tuple[Any, ...], torch.dtype], tuple[Any, ...]]]
+    stored: Mapping[str, Callable[[Any, tuple[Any, ...], torch.dtype], Any]]
     """raw forward -> (outputs, arguments, dtype) -> the outputs in float64, rounded as stored."""
     cancellation: Callable[[Inputs, Results], dict[str, float]] = lambda inputs, results: {}
     """(inputs, reference results and `outgoing_<output>`), float64 -> M of each result."""
@@ -295,7 +295,7 @@ def by_formulas(
         return run(spec, spec.function, cast(inputs, torch.float64), outgoing)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def expected(spec: OpSpec, case: Case, dtype: torch.dtype) -> Expected:
     inputs, outgoing = make(spec, case, dtype), outgoing_for(spec, case, dtype)
     ref = reference(spec, inputs, outgoing)

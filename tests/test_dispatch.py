@@ -215,3 +215,20 @@ def test_environment_never_falls_back() -> None:
     )
     assert done.returncode != 0
     assert "RuntimeError: softmax: backend 'triton' is forced, but" in done.stderr
+
+
+@pytest.mark.skipif(
+    native.cpu_isa() is None, reason=str(native.MISSING or native.EXTENSION_MISSING)
+)
+def test_environment_lowers_the_instruction_set() -> None:
+    done = in_process(
+        "import torch, fastgpt\n"
+        "from fastgpt import functional as F\n"
+        "x = torch.randn(3, 40)\n"
+        "torch.testing.assert_close(F.softmax(x), x.softmax(-1))\n"
+        "print(fastgpt.explain(F.softmax, x))\n",
+        FASTGPT_BACKEND="cpu",
+        FASTGPT_CPU_ISA="baseline",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("softmax: cpu (baseline)")

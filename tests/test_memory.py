@@ -9,7 +9,7 @@ import ctypes
 import gc
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,13 @@ from tests.contract import skip_unless_runs, threads
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Scratch is per thread, so the bounds below are for so many."""
+    with threads(2):
+        yield
 
 
 def kilobytes(field: str) -> int:

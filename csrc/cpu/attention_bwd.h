@@ -120,8 +120,24 @@ void backward_whole_units(const Problem& problem, int threads) {
     const int64_t sk = first.sk, even = (sk + 1) & ~int64_t{1};
     float* dv = dk + even * row;
     const UnitKeys packed = unit_keys(dv + even * row, even, d);
-    std::memset(dk, 0, 2 * even * row * sizeof(float));
-    pack_unit(first, {0, sk}, packed);
+    // Keys are packed when the first query sees them and stored when the last one has, so that a
+    // band works on what is in the cache.
+    int64_t ready = 0, stored = 0;
+    const auto prepare_until = [&](int64_t end) {
+      end = clamp(ceil_div(end, kKeyTile) * kKeyTile, ready, sk);
+      if (end == ready) return;
+      const int64_t rows = whole_pairs({ready, end}).end - ready;
+      std::memset(dk + ready * row, 0, rows * row * sizeof(float));
+      std::memset(dv + ready * row, 0, rows * row * sizeof(float));
+      pack_unit(first, {ready, end}, packed);
+      ready = end;
+    };
+    const auto store_until = [&](int64_t end) {
+      const int n = static_cast<int>(end - stored);
+      narrow_rows(dk + stored * row, row, problem.dk(unit), first.dtype, stored, n, d);
+      narrow_rows(dv + stored * row, row, problem.dv(unit), first.dtype, stored, n, d);
+      stored = end;
+    };
     for (int64_t h = 0; h < problem.group(); ++h) {
       GradHead g = problem.head(unit, h);
       use_packed(g.head, packed);
@@ -130,6 +146,9 @@ void backward_whole_units(const Problem& problem, int threads) {
         prepare_query_tile(g, tile);
         std::memset(dq_t, 0, row * kQueryTile * sizeof(float));
         const KeyRange seen = keys_of_queries(g.head, q0, q0 + tile.nq - 1);
+        prepare_until(seen.end);
+        const int64_t left_behind = clamp(seen.begin / kKeyTile * kKeyTile, stored, ready);
+        if (h == problem.group() - 1) store_until(left_behind);
         for (int64_t block = seen.begin / kKeyTile; block * kKeyTile < seen.end; ++block) {
           const KeyRange seen_here = keys_of_block(g.head, tile.q0, tile.nq, block);
           if (seen_here.begin >= seen_here.end) continue;
@@ -139,8 +158,8 @@ void backward_whole_units(const Problem& problem, int threads) {
         store_dq(g, tile, dq_t);
       }
     }
-    narrow_rows(dk, row, problem.dk(unit), first.dtype, 0, static_cast<int>(sk), d);
-    narrow_rows(dv, row, problem.dv(unit), first.dtype, 0, static_cast<int>(sk), d);
+    prepare_until(sk);
+    store_until(sk);
   });
 }
 
