@@ -102,6 +102,7 @@ wheel: $(VENV)/.tools
 
 lint: $(VENV)/.packages-cli,test,dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 

@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fused kernels for GPT-style decoders: look at them, train with them, measure them.",
 )
-console = Console()
+console = Console(highlight=False, soft_wrap=True)
 
 # Typer reads these annotations at run time, on Python 3.10 too: Optional and not `| None`.
 Texts = Annotated[
@@ -44,12 +44,15 @@ def _errors_as_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"fastgpt: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise _failure(str(error)) from None
     except ModuleNotFoundError as error:
-        message = f"fastgpt: {error.name} is missing; pip install 'fastgpt[cli]'"
-        Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise _failure(f"{error.name} is missing; pip install 'fastgpt[cli]'") from None
+
+
+def _failure(message: str) -> typer.Exit:
+    screen = Console(stderr=True, highlight=False, soft_wrap=True)
+    screen.print(f"fastgpt: {message}", style="red", markup=False)
+    return typer.Exit(1)
 
 
 def _device(name: str) -> str:
@@ -92,7 +95,7 @@ def explain(
 def demo(
     text: Texts = None,
     more: MoreTexts = None,
-    steps: Steps = 320,
+    steps: Steps = 400,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for model, figures and curve.")] = Path(
         "fastgpt-demo"
@@ -159,7 +162,7 @@ def train(
             dtype=getattr(torch, dtype),
         )
         data = corpus.read_corpus([*(text or []), *(more or [])], limit=1 << 30, seed=seed)
-        console.print(data.describe(), highlight=False, soft_wrap=True)
+        console.print(data.describe())
         if resume:
             tokenizer, model = corpus.load_tokenizer(out), GPT.from_pretrained(out)
         else:
@@ -183,7 +186,7 @@ def train(
         if resume:
             trainer.resume(out)
         screen.train(trainer, console, save=lambda: trainer.save(out, tokenizer))
-        console.print(f"model, tokenizer and optimizer state are in {out}", highlight=False, soft_wrap=True)
+        console.print(f"model, tokenizer and optimizer state are in {out}")
 
 
 @app.command()

@@ -27,7 +27,7 @@ class DemoOptions:
     """What the command line sets; a test sets the sizes too."""
 
     texts: tuple[Path, ...] = ()
-    steps: int = 320
+    steps: int = 400
     seed: int = 0
     out: Path = Path("fastgpt-demo")
     device: str = "cpu"
@@ -66,6 +66,7 @@ def run(options: DemoOptions, console: Console) -> Comparison:
         steps=options.steps,
         batch=options.batch,
         context=options.context,
+        learning_rate=2e-3,
         warmup=max(1, options.steps // 10),
         seed=options.seed,
         eval_every=max(1, options.steps // 8),
