@@ -7,6 +7,7 @@ limits parallel compilers.
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -31,8 +32,9 @@ def nvcc() -> str | None:
     wanted = os.environ.get("FASTGPT_CUDA")
     if wanted == "0":
         return None
-    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    found = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    home = os.environ.get("CUDA_HOME")
+    places = (f"{home}/bin/nvcc" if home else "nvcc", "nvcc", "/usr/local/cuda/bin/nvcc")
+    found = next(filter(None, map(shutil.which, places)), None)
     if wanted == "1" and found is None:
         sys.exit("fastgpt: FASTGPT_CUDA=1, but nvcc is neither on PATH nor in CUDA_HOME/bin")
     return found
@@ -43,15 +45,16 @@ def jobs() -> int:
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(os.cpu_count() or 1, int(memory / BYTES_PER_JOB)))
+    return max(1, min(len(os.sched_getaffinity(0)), int(memory / BYTES_PER_JOB)))
 
 
 def reason_for_pure_python() -> str | None:
     """Why no native code is built here; None if it is."""
     if os.environ.get("FASTGPT_NATIVE") == "0":
         return "FASTGPT_NATIVE=0"
-    if sys.platform != "linux":
-        return f"native kernels are built on Linux only, this is {sys.platform}"
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        here = f"{sys.platform} on {platform.machine()}"
+        return f"native kernels are built for Linux on x86-64 only, this is {here}"
     if compiler() is None:
         return "no C++ compiler found (for example: apt-get install g++)"
     return None
@@ -63,20 +66,23 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         reason = reason_for_pure_python()
         if reason is not None:
+            if os.environ.get("FASTGPT_CUDA") == "1":
+                sys.exit(f"fastgpt: FASTGPT_CUDA=1, but {reason}")
             self.warn(f"fastgpt installs as pure Python: {reason}")
             return
         # pip may run without the environment's scripts, cmake and ninja among them, on PATH.
         path = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
         torch = importlib.util.find_spec("torch")
         pybind11 = importlib.util.find_spec("pybind11")
-        tools = [shutil.which(tool, path=path) for tool in ("cmake", "ninja")]
-        if None in (torch, pybind11, *tools):
+        cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
+        if None in (torch, pybind11, cmake, ninja):
             sys.exit("fastgpt: building needs: pip install torch cmake ninja pybind11")
         build = Path(self.build_temp).resolve()
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         cuda = nvcc()
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",  # the last build's may be gone with pip's environment
             f"-DCMAKE_CXX_COMPILER={compiler()}",
             f"-DFASTGPT_PYTHON={sys.executable}",
             f"-DFASTGPT_TORCH_DIR={Path(str(torch.origin)).parent}",
@@ -86,9 +92,9 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={Path(str(pybind11.origin)).parent / 'share/cmake/pybind11'}",
         ]  # fmt: skip
         if cuda:
+            archs = os.environ.get("FASTGPT_CUDA_ARCHS")
             configure.append(f"-DCMAKE_CUDA_COMPILER={cuda}")
-            if os.environ.get("FASTGPT_CUDA_ARCHS"):
-                configure.append(f"-DFASTGPT_CUDA_ARCHS={os.environ['FASTGPT_CUDA_ARCHS']}")
+            configure.append(f"-DFASTGPT_CUDA_ARCHS={archs}" if archs else "-UFASTGPT_CUDA_ARCHS")
         build.mkdir(parents=True, exist_ok=True)
         for command in (
             configure,

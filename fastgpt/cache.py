@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastgpt import functional as F
 from fastgpt.config import GPTConfig
+from fastgpt.ops._checks import check_tensor
 
 
 class KVCache:
@@ -210,10 +211,11 @@ def visible_keys(attention_mask: Tensor | None, b: int, keys: int) -> Tensor | N
 
     Raises:
         ValueError: another shape.
-        TypeError: a float mask, whose meaning (additive or not) would be a guess.
+        TypeError: no tensor, or a float mask, whose meaning (additive or not) would be a guess.
     """
     if attention_mask is None:
         return None
+    check_tensor("attention_mask", attention_mask)
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise TypeError(
             "attention_mask: expected dtype bool or an integer (1 = visible), "

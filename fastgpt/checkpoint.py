@@ -74,7 +74,7 @@ def from_pretrained(
     """
     values = _read_config(folder)
     model_type = values.pop("model_type", None)
-    if model_type not in _FORMATS:
+    if not isinstance(model_type, str) or model_type not in _FORMATS:
         raise ValueError(
             f"{folder / CONFIG}: expected model_type {', '.join(_FORMATS)}, got {model_type!r}"
         )

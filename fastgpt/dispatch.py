@@ -190,7 +190,9 @@ def pick(op: str, tensor: Tensor, *, head_dim: int = 0, **features: Any) -> str:
     if _forced is not None:
         reason = refusal(op, _forced, device, dtype, head_dim)
         if reason is not None:
-            raise RuntimeError(f"{op}: backend {_forced!r} is forced, but it {reason}")
+            raise RuntimeError(
+                f"{op}: backend {_forced!r} is forced, but cannot run this call: {reason}"
+            )
         chosen = _forced
     else:
         row = TABLE[op]

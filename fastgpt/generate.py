@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgpt import functional as F
 from fastgpt.cache import left_padding, visible_keys
+from fastgpt.ops._checks import check_number, check_tensor
 
 if TYPE_CHECKING:
     from fastgpt.model import GPT
@@ -81,6 +82,7 @@ def generate(
     """
     config = model.config
     _check_arguments(max_new_tokens, temperature, top_k, top_p, eos_token_id, config.vocab_size)
+    check_tensor("input_ids", input_ids)
     if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
         raise ValueError(
             f"input_ids: expected shape (b, s) with b, s >= 1, got {tuple(input_ids.shape)}"
@@ -152,7 +154,11 @@ def _check_arguments(
             f"eos_token_id: expected 0 to {vocab_size - 1} (vocab_size = {vocab_size}), "
             f"got {eos_token_id}"
         )
+    check_number("temperature", temperature)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a number > 0, got {temperature}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
+    if top_p is None:
+        return
+    check_number("top_p", top_p)
+    if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p: expected 0 < top_p <= 1, got {top_p}")

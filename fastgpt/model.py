@@ -15,7 +15,7 @@ from fastgpt.cache import KVCache, visible_keys
 from fastgpt.config import GPTConfig
 from fastgpt.generate import generate
 from fastgpt.nn import DecoderBlock, LayerNorm
-from fastgpt.ops._checks import host_checks
+from fastgpt.ops._checks import check_tensor, host_checks
 
 IGNORE_INDEX = -100
 
@@ -232,6 +232,7 @@ class GPT(torch.nn.Module):
         return from_pretrained(cls, Path(folder), dtype=dtype, device=device)
 
     def _check_input_ids(self, input_ids: Tensor) -> None:
+        check_tensor("input_ids", input_ids)
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(
                 f"input_ids: expected shape (b, s) with s >= 1, got {tuple(input_ids.shape)}"
@@ -244,6 +245,8 @@ class GPT(torch.nn.Module):
             _check_ids("input_ids", input_ids, bad, f"0 to {v - 1}", v)
 
     def _check_labels(self, labels: Tensor, input_ids: Tensor) -> None:
+        check_tensor("labels", labels)
+        check_tensor("input_ids", input_ids)
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels: expected the shape of input_ids {tuple(input_ids.shape)}, "

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastgpt
 from fastgpt import dispatch
@@ -86,6 +87,9 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "window", lambda: attention(window=2.0)),
     (TypeError, "window", lambda: attention(window=True)),
     (TypeError, "scale", lambda: attention(scale="big")),
+    (TypeError, "causal", lambda: attention(causal="no")),
+    (TypeError, "causal", lambda: attention(causal=None)),
+    (ValueError, "q", lambda: attention(q=Q[:, :0])),
     (TypeError, "key_padding_mask", lambda: attention(key_padding_mask=torch.ones(2, 7))),
     (ValueError, "key_padding_mask", lambda: attention(key_padding_mask=torch.ones(2, 6).bool())),
     (
@@ -147,6 +151,7 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "window", lambda: decode(window=0)),
     (ValueError, "window", lambda: decode(ring=True)),
     (ValueError, "k_cache", lambda: decode(ring=True, window=10)),
+    (TypeError, "ring", lambda: decode(ring="yes", window=3)),
     (ValueError, "q", lambda: decode(q=learned(Q[:, :, :1]))),
     (ValueError, "k_cache", lambda: decode(k=learned(CACHE))),
     # layer_norm and add_layer_norm
@@ -155,6 +160,9 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "normalized_shape", lambda: F.layer_norm(ROWS, 5)),
     (ValueError, "normalized_shape", lambda: F.layer_norm(ROWS, (2, 3, 6))),
     (ValueError, "normalized_shape", lambda: F.layer_norm(ROWS, ())),
+    (TypeError, "normalized_shape", lambda: F.layer_norm(ROWS, None)),
+    (TypeError, "eps", lambda: F.layer_norm(ROWS, 6, eps="small")),
+    (TypeError, "eps", lambda: F.add_layer_norm(ROWS, ROWS, 6, eps=None)),
     (ValueError, "weight", lambda: F.layer_norm(ROWS, 6, torch.ones(5))),
     (TypeError, "weight", lambda: F.layer_norm(ROWS, 6, torch.ones(6).half())),
     (TypeError, "weight", lambda: F.layer_norm(ROWS, 6, torch.ones(6).int())),
@@ -176,6 +184,8 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "scores", lambda: F.masked_softmax(ROWS[0])),
     (ValueError, "window", lambda: F.masked_softmax(ROWS, window=0)),
     (TypeError, "window", lambda: F.masked_softmax(ROWS, window=1.5)),
+    (TypeError, "scale", lambda: F.masked_softmax(ROWS, scale=None)),
+    (TypeError, "causal", lambda: F.masked_softmax(ROWS, causal="no")),
     # bias_gelu
     (TypeError, "x", lambda: F.bias_gelu(ROWS.int())),
     (ValueError, "bias", lambda: F.bias_gelu(ROWS, torch.zeros(5))),
@@ -194,7 +204,9 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "weight", lambda: F.cross_entropy(ROWS, TARGET, torch.ones(6).half())),
     (ValueError, "weight", lambda: F.cross_entropy(ROWS, TARGET, learned(torch.ones(6)))),
     (ValueError, "reduction", lambda: F.cross_entropy(ROWS, TARGET, reduction="avg")),
+    (ValueError, "reduction", lambda: F.cross_entropy(ROWS, TARGET, reduction=["mean"])),
     (ValueError, "label_smoothing", lambda: F.cross_entropy(ROWS, TARGET, label_smoothing=1.1)),
+    (TypeError, "label_smoothing", lambda: F.cross_entropy(ROWS, TARGET, label_smoothing="a")),
     (TypeError, "ignore_index", lambda: F.cross_entropy(ROWS, TARGET, ignore_index=0.5)),
     # linear_cross_entropy
     (TypeError, "input", lambda: F.linear_cross_entropy(ROWS.int(), ROWS.int(), TARGET)),
@@ -312,3 +324,16 @@ def test_vmap_raises(op: str, grad: bool) -> None:
     x = torch.randn(3, 2, 5, 8, requires_grad=grad)
     with fastgpt.backend("cpu"), pytest.raises(RuntimeError):
         torch.vmap(VMAP[op])(x)
+
+
+@pytest.mark.parametrize("op", VMAP)
+def test_forward_mode_differentiation_raises(op: str) -> None:
+    """The kernels have no tangent: dropping it silently would be a wrong derivative."""
+    skip_unless_runs(op, "cpu")
+    x = torch.randn(2, 5, 8)
+    with fastgpt.backend("cpu"), pytest.raises(RuntimeError):
+        torch.func.jvp(VMAP[op], (x,), (x,))
+    with fastgpt.backend("cpu"), forward_ad.dual_level(), pytest.raises(RuntimeError):
+        VMAP[op](forward_ad.make_dual(x, x))
+    with fastgpt.backend("reference"):
+        assert torch.func.jvp(VMAP[op], (x,), (x,))[1].any()

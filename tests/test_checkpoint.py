@@ -115,6 +115,7 @@ def test_folders_that_are_no_checkpoint(tmp_path):
         ("[]", "config.json: expected a JSON object, got list"),
         ("{}", "expected model_type fastgpt, gpt2, gpt_neo, got None"),
         ('{"model_type": "llama"}', "got 'llama'"),
+        ('{"model_type": ["gpt2"]}', r"got \['gpt2'\]"),
         ('{"model_type": "gpt2"}', "config.json: 'n_embd' is missing"),
         ('{"model_type": "fastgpt", "n_layer": 2}', "needs the field vocab_size"),
         (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastgpt
+from fastgpt import functional as F
 from tests.contract import (
     Case,
     OpSpec,
@@ -128,3 +129,33 @@ def test_compiled_backends_refuse_a_second_backward(op: str) -> None:
         penalty = torch.autograd.grad(first.square().sum(), wanted, create_graph=True)
         with pytest.raises(RuntimeError, match=re.escape('fastgpt.backend("reference")')):
             sum(g.square().sum() for g in penalty).backward()
+
+
+def test_hidden_scores_do_not_read_their_gradient() -> None:
+    scores = torch.randn(1, 5, 5, requires_grad=True)
+    outgoing = torch.ones(5, 5).tril().masked_fill(torch.ones(5, 5).triu(1).bool(), torch.nan)
+    with fastgpt.backend("reference"):
+        F.masked_softmax(scores).backward(outgoing[None])
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("offsets", [[0], [0, 0]])
+def test_packed_nothing_has_gradients(offsets: list[int]) -> None:
+    """Without a single token to attend, every input still gets its zero gradient."""
+    ends = torch.tensor(offsets, dtype=torch.int32)
+    q, k = (torch.randn(n, 2, 4, requires_grad=True) for n in (0, 3))
+    with fastgpt.backend("reference"):
+        out = F.varlen_attention(q, k, k, ends, ends, 0, 0)
+        dq, dk = torch.autograd.grad(out.sum(), (q, k))
+    assert dq.shape == q.shape
+    assert not dk.any()
+
+
+def test_rows_that_see_nothing_do_not_read_their_gradient() -> None:
+    q, k, v = (torch.randn(1, 1, s, 4, requires_grad=True) for s in (3, 2, 2))
+    outgoing = torch.ones(1, 1, 3, 4)
+    outgoing[:, :, 0] = torch.nan
+    with fastgpt.backend("reference"):
+        grads = torch.autograd.grad(F.attention(q, k, v), (q, k, v), outgoing)
+    assert all(g.isfinite().all() for g in grads)

@@ -106,7 +106,7 @@ void bias_gradient(const AttentionBwd& p) {
 }
 
 void attention_bwd_kernel(const AttentionBwd& p) {
-  if (p.in.k.size[0] * p.in.k.size[1] != 0) backward(Dense{p});
+  backward(Dense{p});
   if (p.dbias) bias_gradient(p);
 }
 

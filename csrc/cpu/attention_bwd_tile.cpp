@@ -100,12 +100,12 @@ void prepare_query_tile(const GradHead& g, const QueryTile& tile) {
   widen_rows(head.q, head.dtype, tile.q0, tile.nq, d, tile.q_rows, row);
   widen_rows(g.dout, head.dtype, tile.q0, tile.nq, d, tile.dout_rows, row);
   for (int i = 0; i < tile.lanes; ++i) {
-    tile.lse[i] = __builtin_inff();
+    tile.lse[i] = kInfinity;
     tile.delta[i] = 0.0f;
     if (i >= tile.nq) continue;
     float* dout = tile.dout_rows + i * row;
     const float lse = g.lse[tile.q0 + i];
-    if (lse == -__builtin_inff()) {  // sees no key: nothing of it may reach a sum, NaN included
+    if (lse == -kInfinity) {  // sees no key: nothing of it may reach a sum, NaN included
       std::memset(tile.q_rows + i * row, 0, row * sizeof(float));
       std::memset(dout, 0, row * sizeof(float));
       continue;

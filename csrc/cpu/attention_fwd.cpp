@@ -44,7 +44,7 @@ void softmax_lanes(float* scores, int nk, int lanes, Lanes& state, int at) {
   Vec center[C];
   for (int c = 0; c < C; ++c) {
     // Where nothing is visible yet, any finite center gives p = 0.
-    center[c] = select(highest[c] == set1(-__builtin_inff()), zero(), highest[c]);
+    center[c] = select(highest[c] == set1(-kInfinity), zero(), highest[c]);
   }
   for (int j = 0; j < nk; ++j) {
     float* row = scores + j * lanes + at;
@@ -101,7 +101,7 @@ void begin_tile(const Head& head, int64_t q0, float* buffer, Running& tile) {
   tile.q = buffer;
   tile.out = buffer + int64_t{padded(head.d)} * kQueryTile;
   for (int i = 0; i < tile.lanes; i += kLanes) {
-    store(tile.state.max + i, set1(-__builtin_inff()));
+    store(tile.state.max + i, set1(-kInfinity));
     store(tile.state.sum + i, zero());
   }
   if (!uses_pairs(head)) {
@@ -145,7 +145,7 @@ void finish_tile(const Head& head, const Running& tile, const HeadOut& to) {
     const bool empty = state.sum[i] == 0.0f;
     inverse[i] = empty ? 0.0f : 1.0f / state.sum[i];
     if (i < tile.nq) {
-      to.lse[tile.q0 + i] = empty ? -__builtin_inff() : state.max[i] * kLn2 + log(state.sum[i]);
+      to.lse[tile.q0 + i] = empty ? -kInfinity : state.max[i] * kLn2 + log(state.sum[i]);
     }
   }
   untranspose_rows(tile.out, tile.lanes, inverse, to.out, to.lo, head.dtype, tile.q0, tile.nq,

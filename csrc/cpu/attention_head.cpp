@@ -23,9 +23,15 @@ FASTGPT_INLINE void exchange(NativeFloat& a, NativeFloat& b) {
 #else
 #define FASTGPT_ALL(f) FASTGPT_FOUR(f, 0)
 #endif
-  const NativeFloat low = __builtin_shufflevector(a, b, FASTGPT_ALL(FASTGPT_LOW));
-  b = __builtin_shufflevector(a, b, FASTGPT_ALL(FASTGPT_HIGH));
+#if __has_builtin(__builtin_shufflevector)
+#define FASTGPT_PICK(f) __builtin_shufflevector(a, b, FASTGPT_ALL(f))
+#else  // GCC before 12
+#define FASTGPT_PICK(f) __builtin_shuffle(a, b, NativeInt{FASTGPT_ALL(f)})
+#endif
+  const NativeFloat low = FASTGPT_PICK(FASTGPT_LOW);
+  b = FASTGPT_PICK(FASTGPT_HIGH);
   a = low;
+#undef FASTGPT_PICK
 #undef FASTGPT_ALL
 #undef FASTGPT_FOUR
 #undef FASTGPT_HIGH
@@ -169,7 +175,7 @@ void apply_band(const Head& head, const ScoreTile& tile) {
     low[i] = static_cast<float>(clamp(seen.begin - tile.k0, 0, tile.nk));
     high[i] = static_cast<float>(clamp(seen.end - tile.k0, 0, tile.nk));
   }
-  const Vec hidden = set1(-__builtin_inff());
+  const Vec hidden = set1(-kInfinity);
   for (int j = 0; j < tile.nk; ++j) {
     if (inside.begin <= tile.k0 + j && tile.k0 + j < inside.end) continue;
     const Vec at = set1(static_cast<float>(j));
@@ -183,12 +189,13 @@ void apply_band(const Head& head, const ScoreTile& tile) {
 
 void apply_features(const Head& head, const ScoreTile& tile, const FloatRows& k,
                     const FloatRows& v) {
-  const float minus_inf = -__builtin_inff();
-  for (int j = 0; j < tile.nk; ++j) {
+  // Whole pairs of keys may reach one past the last key, where there is no mask to read.
+  const int64_t real = clamp(head.sk - tile.k0, 0, tile.nk);
+  for (int j = 0; j < real; ++j) {
     float* row = tile.scores + j * tile.lanes;
     const int64_t key = tile.k0 + j;
     if (head.key_visible != nullptr && head.key_visible[key * head.key_visible_stride] == 0) {
-      for (int i = 0; i < tile.lanes; ++i) row[i] = minus_inf;
+      for (int i = 0; i < tile.lanes; ++i) row[i] = -kInfinity;
       continue;
     }
     if (head.bias.data != nullptr) {
@@ -209,7 +216,7 @@ void apply_features(const Head& head, const ScoreTile& tile, const FloatRows& k,
       bool seen = false;
       for (int i = 0; i < tile.nq; ++i) {
         if (mask[(tile.q0 + i) * head.mask.row] == 0) {
-          row[i] = minus_inf;
+          row[i] = -kInfinity;
         } else {
           seen = true;
         }

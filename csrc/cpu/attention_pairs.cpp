@@ -4,6 +4,13 @@
 
 namespace fastgpt {
 inline namespace FASTGPT_ISA {
+namespace {
+
+// Elements of buffers that the tile product reads as floats.
+typedef uint16_t __attribute__((may_alias)) Half;
+typedef uint32_t __attribute__((may_alias)) Pair;
+
+}  // namespace
 
 void pack_row_pairs(const Rows& rows, int64_t first, int n, int d, float* out, int64_t step) {
   for (int i = 0; i < n; ++i) {
@@ -30,9 +37,9 @@ void pack_key_row_pairs(const Head& head, const Rows& rows, KeyRange keys, KeyRa
 
 void interleave_rows(const float* rows, int64_t row_step, int n, int d, float* out, int64_t step) {
   for (int p = 0; p < n; ++p) {
-    const uint16_t* low = reinterpret_cast<const uint16_t*>(rows + 2 * p * row_step);
-    const uint16_t* high = reinterpret_cast<const uint16_t*>(rows + (2 * p + 1) * row_step);
-    uint32_t* to = reinterpret_cast<uint32_t*>(out + p * step);
+    const Half* __restrict low = reinterpret_cast<const Half*>(rows + 2 * p * row_step);
+    const Half* __restrict high = reinterpret_cast<const Half*>(rows + (2 * p + 1) * row_step);
+    Pair* __restrict to = reinterpret_cast<Pair*>(out + p * step);
     for (int c = 0; c < d; ++c) to[c] = low[c] | uint32_t{high[c]} << 16;
   }
 }

@@ -10,6 +10,7 @@
 #include "csrc/ops/bias_gelu.h"
 
 #include "csrc/common/dispatch.h"
+#include "csrc/common/math.h"
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/parallel.h"
 #include "csrc/cpu/rows.h"
@@ -19,7 +20,6 @@ inline namespace FASTGPT_ISA {
 namespace {
 
 constexpr int64_t kGrainElements = 8192;  // below this a second thread costs more than it saves
-constexpr float kLog2e = 1.44269504f;
 constexpr float kSqrt2OverPi = 0.797884561f;
 constexpr float kCubic = 0.044715f;
 constexpr float kSqrtHalf = 0.707106781f;
@@ -27,7 +27,7 @@ constexpr float kInverseSqrt2Pi = 0.398942280f;
 
 // exp(-|2u|), from z and z * z.
 FASTGPT_INLINE Vec tanh_decay(Vec z, Vec square) {
-  constexpr float kSlope = -2.0f * kSqrt2OverPi * kLog2e;
+  constexpr float kSlope = -2.0f * kSqrt2OverPi * kLog2E;
   return exp2(abs(z) * fma(square, set1(kSlope * kCubic), set1(kSlope)));
 }
 
@@ -51,7 +51,7 @@ FASTGPT_INLINE Vec gelu_derivative(Vec z) {
     const Vec slope = fma(square, set1(6.0f * kSqrt2OverPi * kCubic), set1(2.0f * kSqrt2OverPi));
     return fma(z * high * low, slope, select(z < zero(), low, high));
   }
-  const Vec density = exp2(square * set1(-0.5f * kLog2e)) * set1(kInverseSqrt2Pi);
+  const Vec density = exp2(square * set1(-0.5f * kLog2E)) * set1(kInverseSqrt2Pi);
   return fma(z, density, normal_cdf(z));
 }
 

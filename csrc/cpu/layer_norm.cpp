@@ -20,32 +20,15 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
 
-// sum over i of term(i, lanes), lanes beyond n contributing 0, in four independent chains.
-template <typename F>
-FASTGPT_INLINE float sum_row(int64_t n, const F& term) {
-  constexpr int kChains = 4;
-  Vec sum[kChains] = {zero(), zero(), zero(), zero()};
-  int64_t i = 0;
-  for (; i + kChains * Vec::width <= n; i += kChains * Vec::width) {
-    for (int c = 0; c < kChains; ++c) sum[c] = sum[c] + term(i + c * Vec::width, Vec::width);
-  }
-  for (; i < n; i += Vec::width) {
-    const int lanes = n - i < Vec::width ? static_cast<int>(n - i) : Vec::width;
-    sum[0] = sum[0] + term(i, lanes);
-  }
-  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
 template <typename T, typename Y>
 void normalize_row(const T* x, int64_t n, const float* weight, const float* bias, float eps, Y* y,
                    float* mean_out, float* rstd_out) {
-  const float mean = sum_row(n, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); }) /
-                     static_cast<float>(n);
+  const float sum = sum_vectors(n, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); });
+  const float mean = sum / static_cast<float>(n);
   const Vec center = set1(mean);
-  const float square = sum_row(n, [&](int64_t i, int lanes) {
+  const float square = sum_vectors(n, [&](int64_t i, int lanes) {
     const Vec d = load_lanes(x + i, lanes) - center;
-    const Vec kept = lanes == Vec::width ? d : select(first_lanes(lanes), d, zero());
-    return kept * kept;
+    return d * d;
   });
   const float rstd = 1.0f / __builtin_sqrtf(square / static_cast<float>(n) + eps);
   const Vec scale = set1(rstd);
@@ -101,17 +84,10 @@ void backward_row(const LayerNormBwd& p, int64_t row, const float* weight, float
     return load_lanes(dy + i, lanes) * load_lanes(weight + i, lanes);
   };
   const float inverse_n = 1.0f / static_cast<float>(n);
-  const Vec mean_g = set1(sum_row(n, g_at) * inverse_n);
-  const Vec mean_gx =
-      set1(sum_row(n,
-                   [&](int64_t i, int lanes) {
-                     // g is 0 in the lanes beyond the row, but 0 * inf is not
-                     const Vec xhat = xhat_at(i, lanes);
-                     const Vec kept =
-                         lanes == Vec::width ? xhat : select(first_lanes(lanes), xhat, zero());
-                     return g_at(i, lanes) * kept;
-                   }) *
-           inverse_n);
+  const Vec mean_g = set1(sum_vectors(n, g_at) * inverse_n);
+  const float sum_gx =
+      sum_vectors(n, [&](int64_t i, int lanes) { return g_at(i, lanes) * xhat_at(i, lanes); });
+  const Vec mean_gx = set1(sum_gx * inverse_n);
   for_vectors(n, [&](int64_t i, int lanes) {
     const Vec xhat = xhat_at(i, lanes);
     Vec d = rstd * ((g_at(i, lanes) - mean_g) - xhat * mean_gx);
@@ -152,11 +128,13 @@ void backward(const LayerNormBwd& p) {
   });
   const auto gather = [&](const TensorRef& out, const float* first) {
     parallel_for(n, kGrainElements / (chunks + 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        float sum = 0.0f;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += first[chunk * sums * n + i];
-        static_cast<float*>(out.data)[i] = sum;
-      }
+      for_vectors(end - begin, [&](int64_t i, int lanes) {
+        Vec sum = zero();
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          sum = sum + load_lanes(first + chunk * sums * n + begin + i, lanes);
+        }
+        store_lanes(static_cast<float*>(out.data) + begin + i, sum, lanes);
+      });
     });
   };
   if (p.dweight) gather(p.dweight, partial);

@@ -30,6 +30,37 @@ FASTGPT_INLINE void store_lanes(T* p, Vec v, int lanes) {
   lanes == Vec::width ? store(p, v) : store(p, v, lanes);
 }
 
+// fold(sum, term) over term(first element, lanes) of [0, n), lanes beyond n standing at fill, in
+// four independent chains.
+template <typename Fold, typename Term>
+FASTGPT_INLINE Vec fold_vectors(int64_t n, float fill, const Fold& fold, const Term& term) {
+  constexpr int kChains = 4;
+  const Vec start = set1(fill);
+  Vec chain[kChains] = {start, start, start, start};
+  int64_t i = 0;
+  for (; i + kChains * Vec::width <= n; i += kChains * Vec::width) {
+    for (int c = 0; c < kChains; ++c) {
+      chain[c] = fold(chain[c], term(i + c * Vec::width, Vec::width));
+    }
+  }
+  for (; i + Vec::width <= n; i += Vec::width) chain[0] = fold(chain[0], term(i, Vec::width));
+  if (i < n) {
+    const int lanes = static_cast<int>(n - i);
+    chain[0] = fold(chain[0], select(first_lanes(lanes), term(i, lanes), start));
+  }
+  return fold(fold(chain[0], chain[1]), fold(chain[2], chain[3]));
+}
+
+template <typename Term>
+FASTGPT_INLINE float max_vectors(int64_t n, const Term& term) {
+  return reduce_max(fold_vectors(n, -kInfinity, [](Vec a, Vec b) { return max(a, b); }, term));
+}
+
+template <typename Term>
+FASTGPT_INLINE float sum_vectors(int64_t n, const Term& term) {
+  return reduce_add(fold_vectors(n, 0.0f, [](Vec a, Vec b) { return a + b; }, term));
+}
+
 // A parameter vector (n) of any float dtype as floats; absent: all equal to fallback.
 inline void widen(const TensorRef& parameter, float fallback, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) {

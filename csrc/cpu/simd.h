@@ -17,6 +17,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+constexpr float kInfinity = __builtin_inff();
 
 typedef float NativeFloat __attribute__((vector_size(4 * kLanes)));
 typedef int32_t NativeInt __attribute__((vector_size(4 * kLanes)));
@@ -69,21 +70,6 @@ FASTGPT_INLINE Vec operator/(Vec a, Vec b) {
 }
 FASTGPT_INLINE Vec operator-(Vec a) {
   return Vec{-a.v};
-}
-FASTGPT_INLINE Vec add(Vec a, Vec b) {
-  return a + b;
-}
-FASTGPT_INLINE Vec sub(Vec a, Vec b) {
-  return a - b;
-}
-FASTGPT_INLINE Vec mul(Vec a, Vec b) {
-  return a * b;
-}
-FASTGPT_INLINE Vec div(Vec a, Vec b) {
-  return a / b;
-}
-FASTGPT_INLINE Vec neg(Vec a) {
-  return -a;
 }
 
 // a * b + c, in one rounding where the level has FMA.
@@ -163,15 +149,6 @@ FASTGPT_INLINE Mask operator==(Vec a, Vec b) {
 FASTGPT_INLINE Mask operator&(Mask a, Mask b) {
   return Mask{static_cast<__mmask16>(a.m & b.m)};
 }
-FASTGPT_INLINE Mask operator|(Mask a, Mask b) {
-  return Mask{static_cast<__mmask16>(a.m | b.m)};
-}
-FASTGPT_INLINE Mask operator~(Mask a) {
-  return Mask{static_cast<__mmask16>(~a.m)};
-}
-FASTGPT_INLINE bool any(Mask a) {
-  return a.m != 0;
-}
 FASTGPT_INLINE Vec select(Mask m, Vec a, Vec b) {
   return Vec{_mm512_mask_blend_ps(m.m, b.v, a.v)};
 }
@@ -191,32 +168,10 @@ FASTGPT_INLINE Mask operator==(Vec a, Vec b) {
 FASTGPT_INLINE Mask operator&(Mask a, Mask b) {
   return Mask{a.m & b.m};
 }
-FASTGPT_INLINE Mask operator|(Mask a, Mask b) {
-  return Mask{a.m | b.m};
-}
-FASTGPT_INLINE Mask operator~(Mask a) {
-  return Mask{~a.m};
-}
-FASTGPT_INLINE bool any(Mask a) {
-#if defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)a.m) != 0;
-#elif defined(__SSE2__)
-  return _mm_movemask_ps((__m128)a.m) != 0;
-#else
-  return (a.m[0] | a.m[1] | a.m[2] | a.m[3]) != 0;
-#endif
-}
 FASTGPT_INLINE Vec select(Mask m, Vec a, Vec b) {
   return Vec{(NativeFloat)(((NativeInt)a.v & m.m) | ((NativeInt)b.v & ~m.m))};
 }
 #endif
-
-FASTGPT_INLINE Mask operator>(Vec a, Vec b) {
-  return b < a;
-}
-FASTGPT_INLINE Mask operator>=(Vec a, Vec b) {
-  return b <= a;
-}
 
 // ---- loads -------------------------------------------------------------------------------------
 
@@ -275,8 +230,7 @@ FASTGPT_INLINE Vec load(const Half* p, int n) {
 #endif
 }
 
-// ---- stores: round to nearest even, NaN kept
-// -----------------------------------------------------
+// ---- stores: round to nearest even, NaN kept ---------------------------------------------------
 
 FASTGPT_INLINE void store(float* p, Vec a) {
   std::memcpy(p, &a.v, sizeof(a.v));
@@ -339,27 +293,7 @@ FASTGPT_INLINE void store(Half* p, Vec a, int n) {
 #endif
 }
 
-// Past the caches, for outputs larger than them; p aligned to the vector. End with stream_fence().
-FASTGPT_INLINE void store_stream(float* p, Vec a) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, a.v);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(p, a.v);
-#elif defined(__SSE2__)
-  _mm_stream_ps(p, a.v);
-#else
-  store(p, a);
-#endif
-}
-
-FASTGPT_INLINE void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
-// ---- reductions: halves added pairwise, the same order on every call
-// -----------------------------
+// ---- reductions: halves added pairwise, the same order on every call ---------------------------
 
 #if defined(__SSE2__)
 FASTGPT_INLINE float reduce_add(__m128 x) {

@@ -1,15 +1,13 @@
 // One row of a softmax in blocks that fit into L1: memory is read once, exp taken once per entry.
 #pragma once
 
+#include "csrc/common/math.h"
 #include "csrc/cpu/rows.h"
-#include "csrc/cpu/simd.h"
 
 namespace fastgpt {
 inline namespace FASTGPT_ISA {
 
 constexpr int64_t kRowBlock = 2048;
-constexpr float kLog2e = 1.44269504f;
-constexpr float kInfinity = __builtin_inff();
 
 inline int64_t row_blocks(int64_t n) {
   return (n + kRowBlock - 1) / kRowBlock;
@@ -19,43 +17,12 @@ inline int64_t row_blocks(int64_t n) {
 // 0, as arithmetic on subnormal numbers is up to 30 times slower, here and in what comes after.
 FASTGPT_INLINE Vec exp_below(Vec x) {
   const Vec smallest = set1(-110.0f);
-  const Vec power = x * set1(kLog2e);
+  const Vec power = x * set1(kLog2E);
   return select(power < smallest, zero(), exp2(max(smallest, power)));
 }
 
 inline float exp_below(float x) {
   return exp_below(set1(x)).v[0];
-}
-
-// f(sum, term) folded over term(i, lanes) of [0, n), lanes beyond n standing at fill, in four
-// independent chains.
-template <typename Fold, typename Term>
-FASTGPT_INLINE Vec fold_vectors(int64_t n, float fill, const Fold& fold, const Term& term) {
-  constexpr int kChains = 4;
-  const Vec start = set1(fill);
-  Vec chain[kChains] = {start, start, start, start};
-  int64_t i = 0;
-  for (; i + kChains * Vec::width <= n; i += kChains * Vec::width) {
-    for (int c = 0; c < kChains; ++c) {
-      chain[c] = fold(chain[c], term(i + c * Vec::width, Vec::width));
-    }
-  }
-  for (; i + Vec::width <= n; i += Vec::width) chain[0] = fold(chain[0], term(i, Vec::width));
-  if (i < n) {
-    const int lanes = static_cast<int>(n - i);
-    chain[0] = fold(chain[0], select(first_lanes(lanes), term(i, lanes), start));
-  }
-  return fold(fold(chain[0], chain[1]), fold(chain[2], chain[3]));
-}
-
-template <typename Term>
-FASTGPT_INLINE float max_vectors(int64_t n, const Term& term) {
-  return reduce_max(fold_vectors(n, -kInfinity, [](Vec a, Vec b) { return max(a, b); }, term));
-}
-
-template <typename Term>
-FASTGPT_INLINE float sum_vectors(int64_t n, const Term& term) {
-  return reduce_add(fold_vectors(n, 0.0f, [](Vec a, Vec b) { return a + b; }, term));
 }
 
 // y = softmax(scale * x). e holds n floats (y itself if that is float), tops one per block. A row

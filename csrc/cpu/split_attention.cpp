@@ -80,15 +80,14 @@ void add_values(const float* p, const float* rescale, const Rows& v, int64_t k0,
 // Hides the keys outside [low, high) of the block, turns the rest into p, updates m and l and
 // returns the factor for o.
 float softmax_row(float* s, int low, int high, int nk, float* m, float* l) {
-  const float minus_inf = -__builtin_inff();
   for (int j = 0; j < nk; ++j) {
-    if (j < low || j >= high) s[j] = minus_inf;
+    if (j < low || j >= high) s[j] = -kInfinity;
   }
-  for (int j = nk; j % kLanes != 0; ++j) s[j] = minus_inf;
+  for (int j = nk; j % kLanes != 0; ++j) s[j] = -kInfinity;
   Vec highest = set1(*m);
   for (int j = 0; j < nk; j += kLanes) highest = max(load(s + j), highest);
   const float new_max = reduce_max(highest);
-  const float center = new_max == minus_inf ? 0.0f : new_max;
+  const float center = new_max == -kInfinity ? 0.0f : new_max;
   Vec total = zero();
   for (int j = 0; j < nk; j += kLanes) {
     const Vec p = exp2(load(s + j) - set1(center));
@@ -155,7 +154,7 @@ void attend_split(const Head* heads, int64_t group, int64_t split_keys, int64_t 
   for (int64_t row = 0; row < rows; ++row) {
     float* o = partial + row * step;
     std::memset(o, 0, step * sizeof(float));
-    o[padded(d)] = -__builtin_inff();
+    o[padded(d)] = -kInfinity;
   }
   const KeyRange seen = keys_of_queries(head, 0, head.sq - 1);
   const int64_t begin = clamp(seen.begin + split * split_keys, 0, seen.end);
@@ -176,12 +175,12 @@ void attend_split(const Head* heads, int64_t group, int64_t split_keys, int64_t 
 void merge_splits(const Head& head, const HeadOut& to, int64_t i, int64_t splits,
                   const float* partial, int64_t step) {
   const int d = head.d, row_step = padded(d);
-  float highest = -__builtin_inff();
+  float highest = -kInfinity;
   for (int64_t n = 0; n < splits; ++n) {
     const float m = partial[n * step + row_step];
     highest = m > highest ? m : highest;
   }
-  const float center = highest == -__builtin_inff() ? 0.0f : highest;
+  const float center = highest == -kInfinity ? 0.0f : highest;
   float l = 0.0f;
   for (int64_t n = 0; n < splits; ++n) {
     const float* state = partial + n * step + row_step;
@@ -190,7 +189,7 @@ void merge_splits(const Head& head, const HeadOut& to, int64_t i, int64_t splits
     l += state[1] * weight[0];
   }
   const bool empty = l == 0.0f;
-  to.lse[i] = empty ? -__builtin_inff() : highest * kLn2 + log(l);
+  to.lse[i] = empty ? -kInfinity : highest * kLn2 + log(l);
   const Vec inverse = set1(empty ? 0.0f : 1.0f / l);
   char* out = row_at(to.out, head.dtype, i);
   for (int c = 0; c < d; c += kLanes) {

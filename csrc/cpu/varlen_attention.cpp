@@ -165,7 +165,7 @@ ContentError varlen_attention_fwd_kernel(const VarlenAttentionFwd& p) {
   zero_tail(p.out_lo, used);
   for (int64_t at_h = 0; at_h < h; ++at_h) {
     float* lse = static_cast<float*>(p.lse.data) + at_h * p.in.q.size[0];
-    for (int64_t i = used; i < p.in.q.size[0]; ++i) lse[i] = -__builtin_inff();
+    for (int64_t i = used; i < p.in.q.size[0]; ++i) lse[i] = -kInfinity;
   }
   return ContentError{};
 }
@@ -174,7 +174,7 @@ ContentError varlen_attention_bwd_kernel(const VarlenAttentionBwd& p) {
   const ContentError e = check(p.in);
   if (e.argument != nullptr) return e;
   const Documents documents{p.in};
-  if (p.in.k.size[1] != 0) backward(Packed{p, documents});
+  backward(Packed{p, documents});
   zero_tail(p.dq, documents.first_query(documents.count()));
   zero_tail(p.dk, documents.first_key(documents.count()));
   zero_tail(p.dv, documents.first_key(documents.count()));

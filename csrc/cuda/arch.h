@@ -1,18 +1,11 @@
-// Limits of the GPU architectures that the kernels are tuned for, as data.
+// What the CUDA kernels take for granted of every architecture that they are compiled for (sm_80
+// and newer). Limits that differ between architectures stand here as data when a kernel needs one.
 #pragma once
 
 namespace fastgpt::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kMaxBlockThreads = 1024;
-
-struct Arch {
-  int capability;        // 10 * major + minor
-  int shared_per_block;  // bytes that one block may have when it opts in
-  int multiprocessors;
-};
-
-// The architecture of the current device; asked once per device.
-const Arch& current_arch();
+constexpr unsigned kDefaultSharedBytes = 48 * 1024;  // what a block may have without opting in
 
 }  // namespace fastgpt::cuda

@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "csrc/cuda/arch.h"
+
 namespace fastgpt::cuda {
 
 inline void check(cudaError_t status, const char* what) {
@@ -14,11 +16,22 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string("fastgpt: ") + what + ": " + cudaGetErrorString(status));
 }
 
+inline void check_at_most(int64_t value, int64_t most, const char* what) {
+  if (value <= most) return;
+  throw std::runtime_error(std::string("fastgpt: ") + what + ": expected at most " +
+                           std::to_string(most) + ", got " + std::to_string(value));
+}
+
+// The first dimension of a grid of so many blocks.
+inline unsigned grid_size(int64_t blocks) {
+  check_at_most(blocks, 0x7fffffff, "blocks of a grid");
+  return static_cast<unsigned>(blocks);
+}
+
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Args... args) {
-  constexpr size_t kDefaultShared = 48 * 1024;
-  if (shared_bytes > kDefaultShared) {
+  if (shared_bytes > kDefaultSharedBytes) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
           "shared memory of a kernel");

@@ -184,10 +184,11 @@ int64_t chunk_rows_of(int64_t r) {
   return (r + kMaxChunks - 1) / kMaxChunks;
 }
 
+// Also asked of a single row's stride, so that a row has the same bits alone as among others.
 bool aligned(const TensorRef& t, int pack, int element_bytes) {
   if (t.data == nullptr) return true;
   const bool start = reinterpret_cast<uintptr_t>(t.data) % (pack * element_bytes) == 0;
-  return start && (t.stride[0] % pack == 0 || t.size[0] == 1);
+  return start && t.stride[0] % pack == 0;
 }
 
 int element_bytes(const TensorRef& t) {
@@ -198,13 +199,16 @@ int element_bytes(const TensorRef& t) {
 template <typename F>
 void specialize(const TensorRef& x, const TensorRef& y, std::initializer_list<TensorRef> rows,
                 const F& f) {
+  check_at_most(x.size[1], int64_t{1} << 30, "elements of a row");  // the kernels count in int
   const int n = static_cast<int>(x.size[1]);
   bool vector = n % 4 == 0;
   for (const TensorRef& t : rows) vector = vector && aligned(t, 4, element_bytes(t));
   const int pack = vector ? 4 : 1;
   const int threads_wanted = (n + pack - 1) / pack;
   const int rounded = (threads_wanted + kWarp - 1) / kWarp * kWarp;
-  const int threads = rounded < 256 ? rounded : rounded <= 256 * kCachedPacks ? 256 : 1024;
+  const int threads = rounded < 256                   ? rounded
+                      : rounded <= 256 * kCachedPacks ? 256
+                                                      : kMaxBlockThreads;
   const bool cached = threads_wanted <= threads * kCachedPacks;
   visit_dtype<__nv_bfloat16, __half>(x.dtype, [&](auto tx) {
     using T = typename decltype(tx)::type;
@@ -226,7 +230,7 @@ void layer_norm_fwd(const LayerNormFwd& p, void* stream) {
                using T = typename decltype(tx)::type;
                using Y = typename decltype(ty)::type;
                launch(layer_norm_fwd_kernel<T, Y, decltype(pack)::kValue, decltype(cached)::kValue>,
-                      dim3(static_cast<unsigned>(p.x.size[0])), dim3(threads), 0, stream, p);
+                      dim3(grid_size(p.x.size[0])), dim3(threads), 0, stream, p);
              });
 }
 
@@ -242,13 +246,12 @@ void layer_norm_bwd(const LayerNormBwd& p, float* workspace, void* stream) {
                using T = typename decltype(tx)::type;
                using Y = typename decltype(ty)::type;
                launch(layer_norm_bwd_kernel<T, Y, decltype(pack)::kValue, decltype(cached)::kValue>,
-                      dim3(static_cast<unsigned>(chunks)), dim3(threads), 0, stream, p, chunk_rows,
-                      workspace);
+                      dim3(grid_size(chunks)), dim3(threads), 0, stream, p, chunk_rows, workspace);
              });
   if (!p.dweight && !p.dbias) return;
   constexpr int kThreads = 128;
-  launch(layer_norm_bwd_sum_kernel, dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads)),
-         dim3(kThreads), 0, stream, workspace, chunks, n, static_cast<float*>(p.dweight.data),
+  launch(layer_norm_bwd_sum_kernel, dim3(grid_size((n + kThreads - 1) / kThreads)), dim3(kThreads),
+         0, stream, workspace, chunks, n, static_cast<float*>(p.dweight.data),
          static_cast<float*>(p.dbias.data));
 }
 

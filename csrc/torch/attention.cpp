@@ -5,6 +5,19 @@
 namespace fastgpt::binding {
 namespace {
 
+// A (b|1, h|1, sq|1, sk|1) plane of scores, or none.
+TensorRef view_plane(const std::optional<Tensor>& t, const char* argument, const TensorRef& q,
+                     const TensorRef& k) {
+  const TensorRef r = view(t);
+  const int64_t full[] = {q.size[0], q.size[1], q.size[2], k.size[2]};
+  bool broadcasts = !r || r.ndim == 4;
+  for (int i = 0; broadcasts && i < r.ndim; ++i) {
+    broadcasts = r.size[i] == 1 || r.size[i] == full[i];
+  }
+  require(broadcasts, argument);
+  return r;
+}
+
 AttentionInputs inputs(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal,
                        std::optional<int64_t> window, int64_t query_offset,
                        const std::optional<Tensor>& key_padding_mask,
@@ -12,14 +25,27 @@ AttentionInputs inputs(const Tensor& q, const Tensor& k, const Tensor& v, double
                        const std::optional<Tensor>& alibi_slopes, double dropout_p,
                        const std::optional<Tensor>& dropout_seed) {
   AttentionInputs in;
-  in.q = view(q);
-  in.k = view(k);
-  in.v = view(v);
+  in.q = view_input(q, "q", 4);
+  const int64_t b = in.q.size[0], h = in.q.size[1], d = in.q.size[3];
+  const int64_t hk = k.size(1), sk = k.size(2);
+  in.k = view_rows(k, "k", in.q.dtype, {b, hk, sk, d});
+  in.v = view_rows(v, "v", in.q.dtype, {b, hk, sk, d});
+  require_groups(h, hk);
   in.key_padding_mask = view(key_padding_mask);
-  in.bias = view(bias);
-  in.mask = view(mask);
+  require(!in.key_padding_mask ||
+              (in.key_padding_mask.dtype == DType::u8 && has_size(in.key_padding_mask, {b, sk})),
+          "key_padding_mask");
+  in.bias = view_plane(bias, "bias", in.q, in.k);
+  require(!in.bias || is_float(in.bias), "bias");
+  in.mask = view_plane(mask, "mask", in.q, in.k);
+  require(!in.mask || in.mask.dtype == DType::u8, "mask");
   in.alibi_slopes = view(alibi_slopes);
+  require(
+      !in.alibi_slopes || (in.alibi_slopes.dtype == DType::f32 &&
+                           (has_size(in.alibi_slopes, {h}) || has_size(in.alibi_slopes, {b, h}))),
+      "alibi_slopes");
   in.dropout_seed = view(dropout_seed);
+  require(!in.dropout_seed || in.dropout_seed.dtype == DType::i64, "dropout_seed");
   in.scale = static_cast<float>(scale);
   in.dropout_p = dropout_p;
   in.causal = causal;
@@ -60,10 +86,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor dbias = has_dbias ? empty(q, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)},
                                    ScalarType::Float)
                            : empty(q, {0}, ScalarType::Float);
-  cpu::attention_bwd({inputs(q, k, v, scale, causal, window, query_offset, key_padding_mask, bias,
-                             mask, alibi_slopes, dropout_p, dropout_seed),
-                      view(dout), view(dlse), view(out), view(lse), view_unless_empty(out_lo),
-                      view(dq), view(dk), view(dv), view_unless_empty(dbias)});
+  if (q.numel() == 0) {
+    for (Tensor* gradient : {&dk, &dv, &dbias}) torch::stable::zero_(*gradient);
+    return {dq, dk, dv, dbias};
+  }
+  const DType dtype = dtype_of(q);
+  cpu::attention_bwd(
+      {inputs(q, k, v, scale, causal, window, query_offset, key_padding_mask, bias, mask,
+              alibi_slopes, dropout_p, dropout_seed),
+       view_rows(dout, "dout", dtype, {b, h, sq, d}),
+       view_flat(dlse, "dlse", DType::f32, {b, h, sq}), view_rows(out, "out", dtype, {b, h, sq, d}),
+       view_flat(lse, "lse", DType::f32, {b, h, sq}),
+       out_lo.numel() == 0 ? TensorRef{} : view_rows(out_lo, "out_lo", dtype, {b, h, sq, d}),
+       view(dq), view(dk), view(dv), view_unless_empty(dbias)});
   return {dq, dk, dv, dbias};
 }
 

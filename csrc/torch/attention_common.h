@@ -10,6 +10,11 @@ inline Tensor token_major(const Tensor& like, int64_t b, int64_t h, int64_t s, i
   return torch::stable::transpose(empty(like, {b, s, h, d}), 1, 2);
 }
 
+// Each of the hk key heads serves the same number of query heads.
+inline void require_groups(int64_t h, int64_t hk) {
+  require(hk > 0 && h % hk == 0, "k");
+}
+
 // float32 outputs lose nothing that out_lo could keep.
 inline bool stores_out_lo(const Tensor& q, bool need_out_lo) {
   return need_out_lo && q.scalar_type() != ScalarType::Float;

@@ -7,7 +7,10 @@ namespace {
 
 Tensor bias_gelu_fwd(Tensor x, std::optional<Tensor> bias, bool tanh) {
   Tensor y = empty(x, {x.size(0), x.size(1)});
-  if (x.numel() != 0) cpu::bias_gelu_fwd({view(x), view(bias), view(y), tanh});
+  if (x.numel() != 0) {
+    const TensorRef in = view_input(x, "x", 2);
+    cpu::bias_gelu_fwd({in, view_parameter(bias, "bias", in.size[1]), view(y), tanh});
+  }
   return y;
 }
 
@@ -19,7 +22,9 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy, Tensor x, std::optional<Tens
   if (x.numel() == 0) {
     torch::stable::zero_(dbias);
   } else {
-    cpu::bias_gelu_bwd({view(dy), view(x), view(bias), view(dx), view_unless_empty(dbias), tanh});
+    const TensorRef in = view_input(x, "x", 2);
+    cpu::bias_gelu_bwd({view_rows(dy, "dy", in.dtype, {r, n}), in, view_parameter(bias, "bias", n),
+                        view(dx), view_unless_empty(dbias), tanh});
   }
   return {dx, dbias};
 }

@@ -61,6 +61,91 @@ inline TensorRef view(const std::optional<Tensor>& t) {
   return t.has_value() ? view(*t) : TensorRef{};
 }
 
+// What a kernel relies on to stay in bounds. Python has checked it, with messages that say more; a
+// raw call of torch.ops.fastgpt has not.
+inline void require(bool holds, const char* argument) {
+  STD_TORCH_CHECK(holds, "fastgpt: ", argument,
+                  ": unexpected shape, strides, dtype or device in a raw call");
+}
+
+inline bool is_float(const TensorRef& t) {
+  return t.dtype == DType::f32 || t.dtype == DType::bf16 || t.dtype == DType::f16;
+}
+
+inline bool has_size(const TensorRef& t, std::initializer_list<int64_t> size) {
+  bool same = t.ndim == static_cast<int>(size.size());
+  for (int i = 0; same && i < t.ndim; ++i) same = t.size[i] == size.begin()[i];
+  return same;
+}
+
+inline bool has_no_elements(const TensorRef& t) {
+  for (int i = 0; i < t.ndim; ++i) {
+    if (t.size[i] == 0) return true;
+  }
+  return false;
+}
+
+inline bool has_unit_stride(const TensorRef& t) {
+  if (t.ndim == 0 || t.size[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1) return true;
+  return has_no_elements(t);
+}
+
+inline bool is_contiguous(const TensorRef& t) {
+  int64_t elements = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.size[i] > 1 && t.stride[i] != elements) return has_no_elements(t);
+    elements *= t.size[i];
+  }
+  return true;
+}
+
+// A float tensor of `ndim` dimensions, the first of an op's.
+inline TensorRef view_input(const Tensor& t, const char* argument, int ndim) {
+  const TensorRef r = view(t);
+  require(is_float(r) && r.ndim == ndim && has_unit_stride(r), argument);
+  return r;
+}
+
+// A tensor of this dtype and size whose last stride is 1.
+inline TensorRef view_rows(const Tensor& t, const char* argument, DType dtype,
+                           std::initializer_list<int64_t> size) {
+  const TensorRef r = view(t);
+  require(r.dtype == dtype && has_size(r, size) && has_unit_stride(r), argument);
+  return r;
+}
+
+inline TensorRef view_rows(const std::optional<Tensor>& t, const char* argument, DType dtype,
+                           std::initializer_list<int64_t> size) {
+  return t.has_value() ? view_rows(*t, argument, dtype, size) : TensorRef{};
+}
+
+// A contiguous tensor of this dtype and size.
+inline TensorRef view_flat(const Tensor& t, const char* argument, DType dtype,
+                           std::initializer_list<int64_t> size) {
+  const TensorRef r = view(t);
+  require(r.dtype == dtype && has_size(r, size) && is_contiguous(r), argument);
+  return r;
+}
+
+inline TensorRef view_flat(const std::optional<Tensor>& t, const char* argument, DType dtype,
+                           std::initializer_list<int64_t> size) {
+  return t.has_value() ? view_flat(*t, argument, dtype, size) : TensorRef{};
+}
+
+// A parameter vector (n) of any float dtype, or none.
+inline TensorRef view_parameter(const std::optional<Tensor>& t, const char* argument, int64_t n) {
+  const TensorRef r = view(t);
+  require(!r || (is_float(r) && has_size(r, {n}) && has_unit_stride(r)), argument);
+  return r;
+}
+
+// A new tensor in a dtype that the caller chose: float32 or that of the input.
+inline TensorRef view_result(const Tensor& t, const char* argument, const TensorRef& input) {
+  const TensorRef r = view(t);
+  require(r.dtype == DType::f32 || r.dtype == input.dtype, argument);
+  return r;
+}
+
 // An output that was not asked for: size 0, absent to the kernel.
 inline TensorRef view_unless_empty(const Tensor& t) {
   return t.numel() == 0 ? TensorRef{} : view(t);

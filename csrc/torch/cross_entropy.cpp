@@ -17,13 +17,15 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target,
                                                      double label_smoothing) {
   const CrossEntropyOptions options{x.size(1), ignore_index, static_cast<Reduction>(reduction),
                                     label_smoothing};
-  check_targets(target, options);
+  check_targets(target, x.size(0), options);
   const std::optional<Tensor> weights = widened(weight);
+  const TensorRef class_weights = view_parameter(weights, "weight", options.classes);
   std::vector<CrossEntropyRow> rows(x.size(0));
   if (x.numel() != 0) {
-    cpu::cross_entropy_absorb({view(x), view(target), view(weights), 0, options, rows.data()});
+    cpu::cross_entropy_absorb(
+        {view_input(x, "x", 2), view(target), class_weights, 0, options, rows.data()});
   }
-  const CrossEntropyResult result = finish(target, view(weights), options, rows.data());
+  const CrossEntropyResult result = finish(target, class_weights, options, rows.data());
   return {result.loss, result.lse, result.weight_sum};
 }
 
@@ -32,12 +34,15 @@ Tensor cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, std::optional<Te
                          double label_smoothing) {
   const CrossEntropyOptions options{x.size(1), ignore_index, static_cast<Reduction>(reduction),
                                     label_smoothing};
-  check_targets(target, options);
+  const int64_t r = x.size(0);
+  check_targets(target, r, options);
   const std::optional<Tensor> weights = widened(weight);
-  Tensor dx = empty(x, {x.size(0), x.size(1)});
+  Tensor dx = empty(x, {r, x.size(1)});
   if (x.numel() != 0) {
-    cpu::cross_entropy_bwd({view(dloss), view(x), view(target), view(weights), view(lse),
-                            view(weight_sum), view(dx), 0, options});
+    cpu::cross_entropy_bwd(
+        {view_dloss(dloss, r, options.reduction), view_input(x, "x", 2), view(target),
+         view_parameter(weights, "weight", options.classes), view_flat(lse, "lse", DType::f32, {r}),
+         view_flat(weight_sum, "weight_sum", DType::f32, {}), view(dx), 0, options});
   }
   return dx;
 }

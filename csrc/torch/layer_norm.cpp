@@ -6,14 +6,25 @@
 namespace fastgpt::binding {
 namespace {
 
+// With a CUDA kernel beside the CPU's, raw calls may mix devices: the dispatcher takes the higher.
+bool on_device(const Tensor& x, const Tensor& t) {
+  if (x.is_cpu() || t.is_cpu()) return x.is_cpu() && t.is_cpu();
+  return t.get_device_index() == x.get_device_index();
+}
+
+bool on_device(const Tensor& x, const std::optional<Tensor>& t) {
+  return !t.has_value() || on_device(x, *t);
+}
+
 LayerNormFwd forward_params(const Tensor& x, const std::optional<Tensor>& weight,
                             const std::optional<Tensor>& bias, double eps, const Tensor& y,
                             const Tensor& mean, const Tensor& rstd) {
+  require(on_device(x, weight) && on_device(x, bias), "weight, bias");
   LayerNormFwd p;
-  p.x = view(x);
-  p.weight = view(weight);
-  p.bias = view(bias);
-  p.y = view(y);
+  p.x = view_input(x, "x", 2);
+  p.weight = view_parameter(weight, "weight", p.x.size[1]);
+  p.bias = view_parameter(bias, "bias", p.x.size[1]);
+  p.y = view_result(y, "out_dtype", p.x);
   p.mean = view(mean);
   p.rstd = view(rstd);
   p.eps = static_cast<float>(eps);
@@ -50,7 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor r
   Tensor mean = empty(x, {r}, ScalarType::Float);
   Tensor rstd = empty(x, {r}, ScalarType::Float);
   LayerNormFwd p = forward_params(x, weight, bias, eps, y, mean, rstd);
-  p.residual = view(residual);
+  require(on_device(x, residual), "residual");
+  p.residual = view_rows(residual, "residual", p.x.dtype, {r, n});
   p.s = view(s);
   run(p, x);
   return {y, s, mean, rstd};
@@ -69,13 +81,16 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, std::opti
     torch::stable::zero_(dbias);
     return {dx, dweight, dbias};
   }
+  require(on_device(x, dy) && on_device(x, weight) && on_device(x, mean) && on_device(x, rstd) &&
+              on_device(x, ds),
+          "x");
   LayerNormBwd p;
-  p.dy = view(dy);
-  p.x = view(x);
-  p.weight = view(weight);
-  p.mean = view(mean);
-  p.rstd = view(rstd);
-  p.ds = view(ds);
+  p.x = view_input(x, "x", 2);
+  p.dy = view_rows(dy, "dy", dtype_of(dy) == DType::f32 ? DType::f32 : p.x.dtype, {r, n});
+  p.weight = view_parameter(weight, "weight", n);
+  p.mean = view_flat(mean, "mean", DType::f32, {r});
+  p.rstd = view_flat(rstd, "rstd", DType::f32, {r});
+  p.ds = view_rows(ds, "ds", p.x.dtype, {r, n});
   p.dx = view(dx);
   p.dweight = view_unless_empty(dweight);
   p.dbias = view_unless_empty(dbias);

@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd(Tensor x, Tensor wei
   const int64_t r = x.size(0), v = weight.size(0);
   const CrossEntropyOptions options{v, ignore_index, static_cast<Reduction>(reduction),
                                     label_smoothing};
-  check_targets(target, options);
+  check_targets(target, r, options);
   const Logits logits(x, weight, bias);
   const FloatRows x_rows(x, logits.block_rows), weight_rows(weight, logits.block_classes);
   std::vector<CrossEntropyRow> rows(r);
@@ -137,7 +137,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
   const int64_t r = x.size(0), c = x.size(1), v = weight.size(0);
   const CrossEntropyOptions options{v, ignore_index, static_cast<Reduction>(reduction),
                                     label_smoothing};
-  check_targets(target, options);
+  check_targets(target, r, options);
+  view_dloss(dloss, r, options.reduction);
+  view_flat(lse, "lse", DType::f32, {r});
+  const TensorRef total = view_flat(weight_sum, "weight_sum", DType::f32, {});
   const Logits logits(x, weight, bias);
   const FloatRows x_rows(x, logits.block_rows), weight_rows(weight, logits.block_classes);
   const bool floats = weight.scalar_type() == ScalarType::Float;
@@ -167,8 +170,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
           options.reduction == Reduction::none ? rows_of(dloss, i, count) : dloss;
       const TensorRef in_place = view(block);
       cpu::cross_entropy_bwd({view(row_dloss), in_place, view(rows_of(target, i, count)),
-                              TensorRef{}, view(rows_of(lse, i, count)), view(weight_sum), in_place,
-                              j, options});
+                              TensorRef{}, view(rows_of(lse, i, count)), total, in_place, j,
+                              options});
       if (need_dx) multiply(block, weight_block, j > 0, rows_of(dx, i, count));
       if (need_dweight) multiply(transposed(block), x_block, i > 0, dweight_block);
       if (need_dbias) cpu::add_column_sums({in_place, view(rows_of(dbias, j, classes))});

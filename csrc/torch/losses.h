@@ -7,13 +7,19 @@
 namespace fastgpt::binding {
 
 // Every target is a class or ignore_index, or Python raises a ValueError that says which is not.
-inline void check_targets(const Tensor& target, const CrossEntropyOptions& o) {
-  const int64_t* classes = static_cast<const int64_t*>(target.data_ptr());
-  for (int64_t i = 0; i < target.numel(); ++i) {
+inline void check_targets(const Tensor& target, int64_t r, const CrossEntropyOptions& o) {
+  const TensorRef checked = view_flat(target, "target", DType::i64, {r});
+  const int64_t* classes = static_cast<const int64_t*>(checked.data);
+  for (int64_t i = 0; i < r; ++i) {
     if ((classes[i] >= 0 && classes[i] < o.classes) || classes[i] == o.ignore_index) continue;
     STD_TORCH_CHECK(false, "fastgpt.ValueError: target[", i, "]: expected a class from 0 to ",
                     o.classes - 1, " or ignore_index ", o.ignore_index, ", got ", classes[i]);
   }
+}
+
+inline TensorRef view_dloss(const Tensor& dloss, int64_t r, Reduction reduction) {
+  if (reduction == Reduction::none) return view_flat(dloss, "dloss", DType::f32, {r});
+  return view_flat(dloss, "dloss", DType::f32, {});
 }
 
 struct CrossEntropyResult {

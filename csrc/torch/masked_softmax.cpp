@@ -8,20 +8,23 @@ namespace {
 Tensor masked_softmax_fwd(Tensor scores, double scale, bool causal, std::optional<int64_t> window,
                           ScalarType out_dtype) {
   Tensor y = empty(scores, {scores.size(0), scores.size(1), scores.size(2)}, out_dtype);
-  if (scores.numel() != 0) {
-    const Band band{causal, window.value_or(0)};
-    cpu::masked_softmax_fwd({view(scores), view(y), static_cast<float>(scale), band});
-  }
+  if (scores.numel() == 0) return y;
+  const TensorRef in = view_input(scores, "scores", 3);
+  const Band band{causal, window.value_or(0)};
+  cpu::masked_softmax_fwd({in, view_result(y, "out_dtype", in), static_cast<float>(scale), band});
   return y;
 }
 
 Tensor masked_softmax_bwd(Tensor dy, Tensor y, double scale, bool causal,
                           std::optional<int64_t> window, ScalarType in_dtype) {
-  Tensor dscores = empty(y, {y.size(0), y.size(1), y.size(2)}, in_dtype);
-  if (y.numel() != 0) {
-    const Band band{causal, window.value_or(0)};
-    cpu::masked_softmax_bwd({view(dy), view(y), view(dscores), static_cast<float>(scale), band});
-  }
+  const int64_t r = y.size(0), sq = y.size(1), sk = y.size(2);
+  Tensor dscores = empty(y, {r, sq, sk}, in_dtype);
+  if (y.numel() == 0) return dscores;
+  const TensorRef in = view_input(y, "y", 3), out = view(dscores);
+  require(is_float(out) && (in.dtype == DType::f32 || in.dtype == out.dtype), "in_dtype");
+  const Band band{causal, window.value_or(0)};
+  cpu::masked_softmax_bwd(
+      {view_rows(dy, "dy", in.dtype, {r, sq, sk}), in, out, static_cast<float>(scale), band});
   return dscores;
 }
 

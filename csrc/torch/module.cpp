@@ -6,6 +6,9 @@
 #include <dlfcn.h>
 #endif
 
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -37,7 +40,7 @@ py::dict build_info() {
 }
 
 // The CUDA version that the driver supports, as 13000; 0 without a driver.
-int cuda_driver_version() {
+int driver_version() {
   int version = 0;
 #if defined(__linux__)
   if (void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL)) {
@@ -47,6 +50,16 @@ int cuda_driver_version() {
   }
 #endif
   return version;
+}
+
+// Any driver of a major version of CUDA runs what was compiled with that version.
+std::optional<std::string> cuda_driver_error() {
+  const int compiled = std::atoi(FASTGPT_CUDA_VERSION), version = driver_version();
+  if (version / 1000 >= compiled) return std::nullopt;
+  const std::string needed = "needs a driver for CUDA " + std::to_string(compiled) + " or later";
+  if (version == 0) return needed + ", and there is no CUDA driver";
+  return needed + "; this one is for CUDA " + std::to_string(version / 1000) + "." +
+         std::to_string(version % 1000 / 10);
 }
 
 }  // namespace
@@ -59,6 +72,6 @@ PYBIND11_MODULE(_C, m) {
       "cpu_isa", [] { return std::string(fastgpt::isa_name(fastgpt::isa_level())); },
       "The CPU ISA level in use: baseline, v3, v4 or v4_bf16. Set FASTGPT_CPU_ISA before the "
       "import to lower it.");
-  m.def("cuda_driver_version", &cuda_driver_version,
-        "The CUDA version that the driver supports, as 13000; 0 without a driver.");
+  m.def("cuda_driver_error", &cuda_driver_error,
+        "Why the CUDA driver of this machine is too old for this build; None if it is not.");
 }

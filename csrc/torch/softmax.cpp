@@ -7,13 +7,18 @@ namespace {
 
 Tensor softmax_fwd(Tensor x, ScalarType out_dtype) {
   Tensor y = empty(x, {x.size(0), x.size(1)}, out_dtype);
-  if (x.numel() != 0) cpu::softmax_fwd({view(x), view(y)});
+  if (x.numel() == 0) return y;
+  const TensorRef in = view_input(x, "x", 2);
+  cpu::softmax_fwd({in, view_result(y, "out_dtype", in)});
   return y;
 }
 
 Tensor softmax_bwd(Tensor dy, Tensor y, ScalarType in_dtype) {
   Tensor dx = empty(y, {y.size(0), y.size(1)}, in_dtype);
-  if (y.numel() != 0) cpu::softmax_bwd({view(dy), view(y), view(dx)});
+  if (y.numel() == 0) return dx;
+  const TensorRef in = view_input(y, "y", 2), out = view(dx);
+  require(is_float(out) && (in.dtype == DType::f32 || in.dtype == out.dtype), "in_dtype");
+  cpu::softmax_bwd({view_rows(dy, "dy", in.dtype, {y.size(0), y.size(1)}), in, out});
   return dx;
 }
 

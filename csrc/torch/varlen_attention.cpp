@@ -9,11 +9,14 @@ VarlenAttentionInputs inputs(const Tensor& q, const Tensor& k, const Tensor& v,
                              int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool causal,
                              std::optional<int64_t> window) {
   VarlenAttentionInputs in;
-  in.q = view(q);
-  in.k = view(k);
-  in.v = view(v);
-  in.cu_seqlens_q = view(cu_seqlens_q);
-  in.cu_seqlens_k = view(cu_seqlens_k);
+  in.q = view_input(q, "q", 3);
+  const int64_t tk = k.size(0), hk = k.size(1), d = in.q.size[2], offsets = cu_seqlens_q.numel();
+  in.k = view_rows(k, "k", in.q.dtype, {tk, hk, d});
+  in.v = view_rows(v, "v", in.q.dtype, {tk, hk, d});
+  require_groups(in.q.size[1], hk);
+  require(offsets > 0, "cu_seqlens_q");
+  in.cu_seqlens_q = view_flat(cu_seqlens_q, "cu_seqlens_q", DType::i32, {offsets});
+  in.cu_seqlens_k = view_flat(cu_seqlens_k, "cu_seqlens_k", DType::i32, {offsets});
   in.max_seqlen_q = max_seqlen_q;
   in.max_seqlen_k = max_seqlen_k;
   in.scale = static_cast<float>(scale);
@@ -43,14 +46,22 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
     Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     Tensor out_lo, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q,
     int64_t max_seqlen_k, double scale, bool causal, std::optional<int64_t> window) {
-  Tensor dq = empty(q, {q.size(0), q.size(1), q.size(2)});
+  const int64_t tq = q.size(0), h = q.size(1), d = q.size(2);
+  Tensor dq = empty(q, {tq, h, d});
   Tensor dk = empty(k, {k.size(0), k.size(1), k.size(2)});
   Tensor dv = empty(v, {v.size(0), v.size(1), v.size(2)});
-  check_contents(
-      cpu::varlen_attention_bwd({inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                                        max_seqlen_k, scale, causal, window),
-                                 view(dout), view(dlse), view(out), view(lse),
-                                 view_unless_empty(out_lo), view(dq), view(dk), view(dv)}));
+  if (q.numel() == 0) {
+    for (Tensor* gradient : {&dk, &dv}) torch::stable::zero_(*gradient);
+    return {dq, dk, dv};
+  }
+  const DType dtype = dtype_of(q);
+  check_contents(cpu::varlen_attention_bwd(
+      {inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
+              window),
+       view_rows(dout, "dout", dtype, {tq, h, d}), view_flat(dlse, "dlse", DType::f32, {h, tq}),
+       view_rows(out, "out", dtype, {tq, h, d}), view_flat(lse, "lse", DType::f32, {h, tq}),
+       out_lo.numel() == 0 ? TensorRef{} : view_rows(out_lo, "out_lo", dtype, {tq, h, d}), view(dq),
+       view(dk), view(dv)}));
   return {dq, dk, dv};
 }
 

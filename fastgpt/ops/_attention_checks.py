@@ -32,6 +32,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: Names = NAMES) -> None:
 
 def check_heads(h: int, hk: int, d: int, name_q: str = "q", name_k: str = "k") -> None:
     """ValueError unless hk key heads can serve h query heads of d elements."""
+    if h < 1:
+        raise ValueError(f"{name_q}: expected at least one head, got {h}")
     if hk < 1 or h % hk != 0:
         raise ValueError(
             f"{name_k}: expected a number of heads that divides the {h} heads of {name_q}, got {hk}"

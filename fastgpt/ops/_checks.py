@@ -81,6 +81,18 @@ def check_window(window: int | None) -> None:
         raise ValueError(f"window: expected None or an int >= 1, got {window}")
 
 
+def check_number(name: str, value: object) -> None:
+    """TypeError unless `value` is a number (not a tensor)."""
+    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """TypeError unless `value` is a bool (or 0 or 1)."""
+    if not isinstance(value, (bool, int, torch.SymBool)):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of the autocast region that covers `tensor`'s device, None outside of one."""
     device = tensor.device.type

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt.ops._checks import check_same_device, check_shape, check_tensor
+from fastgpt.ops._checks import check_number, check_same_device, check_shape, check_tensor
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -14,8 +14,9 @@ def check_options(ignore_index: int, reduction: str, label_smoothing: float) -> 
     """The options that do not depend on any tensor."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
+    check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
 

@@ -19,6 +19,7 @@ from fastgpt.ops._attention_checks import (
 )
 from fastgpt.ops._autograd import needs_grad, once
 from fastgpt.ops._checks import (
+    check_flag,
     check_float,
     check_same_device,
     check_shape,
@@ -94,6 +95,7 @@ def attention(
     """
     check_qkv(q, k, v)
     q, k, v = cast_together(q, k, v)
+    check_flag("causal", causal)
     check_window(window)
     check_scale(scale)
     if key_padding_mask is not None:

@@ -13,6 +13,7 @@ from fastgpt.ops._attention_checks import check_heads, check_scale, empty_token_
 from fastgpt.ops._autograd import needs_grad
 from fastgpt.ops._checks import (
     autocast_dtype,
+    check_flag,
     check_float,
     check_rank,
     check_same_device,
@@ -85,6 +86,7 @@ def decode_attention(
     _check_shapes(q, k_cache, v_cache, cache_lengths, k_new, v_new, cache_start)
     check_window(window)
     check_scale(scale)
+    check_flag("ring", ring)
     if ring:
         _check_ring(k_cache.shape[2], q.shape[2], window)
     _check_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new)

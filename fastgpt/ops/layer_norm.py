@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from fastgpt.ops._autograd import needs_grad, once
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_float,
+    check_number,
     check_parameter,
     check_same_device,
     check_same_dtype,
@@ -45,11 +46,12 @@ def layer_norm(
 
     Raises:
         ValueError: normalized_shape is not input's trailing shape, or a shape or device differs.
-        TypeError: a dtype is not a float, or weight or bias has a third one.
+        TypeError: a dtype is not a float, weight or bias has a third one, or normalized_shape or
+            eps has the wrong type.
 
     Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
     """
-    shape = _check(input, normalized_shape, weight, bias)
+    shape = _check(input, normalized_shape, weight, bias, eps)
     out_dtype = input.dtype if autocast_dtype(input) is None else torch.float32
     x = _rows(input, shape)
     w, b = _flat(weight), _flat(bias)
@@ -87,7 +89,7 @@ def add_layer_norm(
             dtype.
     """
     autocast = autocast_dtype(x) is not None if isinstance(x, Tensor) else False
-    shape = _check(x, normalized_shape, weight, bias, "x")
+    shape = _check(x, normalized_shape, weight, bias, eps, "x")
     check_float("residual", residual)
     check_shape("residual", residual, tuple(x.shape), "that of x")
     check_same_device("residual", residual, "x", x)
@@ -114,14 +116,19 @@ def _check(
     normalized_shape: int | Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
+    eps: float,
     name: str = "input",
 ) -> tuple[int, ...]:
     check_float(name, input)
-    shape = (
-        (normalized_shape,)
-        if isinstance(normalized_shape, (int, torch.SymInt))
-        else tuple(normalized_shape)
-    )
+    check_number("eps", eps)
+    if isinstance(normalized_shape, (int, torch.SymInt)):
+        shape: tuple[int, ...] = (normalized_shape,)
+    elif isinstance(normalized_shape, Iterable):
+        shape = tuple(normalized_shape)
+    else:
+        raise TypeError(
+            f"normalized_shape: expected an int or a sequence of ints, got {normalized_shape!r}"
+        )
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(
             f"normalized_shape: expected the trailing dimensions of {name}, whose shape is "

@@ -10,7 +10,13 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt.backends.reference import masked_softmax as reference
 from fastgpt.ops._autograd import needs_grad, once
-from fastgpt.ops._checks import autocast_dtype, check_float, check_window
+from fastgpt.ops._checks import (
+    autocast_dtype,
+    check_flag,
+    check_float,
+    check_number,
+    check_window,
+)
 from fastgpt.ops._library import define
 from fastgpt.ops._rows import as_matrices, from_rows, unit_stride
 
@@ -36,13 +42,15 @@ def masked_softmax(
 
     Raises:
         ValueError: scores has fewer than two dimensions, or window < 1.
-        TypeError: scores is not floating, or window not an int.
+        TypeError: scores is not floating, or scale, causal or window has the wrong type.
     """
     check_float("scores", scores)
     if scores.dim() < 2:
         raise ValueError(
             f"scores: expected at least 2 dimensions (..., sq, sk), got shape {tuple(scores.shape)}"
         )
+    check_number("scale", scale)
+    check_flag("causal", causal)
     check_window(window)
     autocast = autocast_dtype(scores) is not None and scores.dtype != torch.float64
     out_dtype = torch.float32 if autocast else scores.dtype

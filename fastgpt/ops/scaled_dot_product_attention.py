@@ -7,7 +7,13 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.ops._attention_checks import broadcasts, cast_together, check_qkv
-from fastgpt.ops._checks import autocast_dtype, check_same_device, check_tensor, check_window
+from fastgpt.ops._checks import (
+    autocast_dtype,
+    check_flag,
+    check_same_device,
+    check_tensor,
+    check_window,
+)
 from fastgpt.ops.attention import run_attention
 
 _NAMES = ("query", "key", "value")
@@ -97,6 +103,7 @@ def _check(
 ) -> None:
     """ValueError or TypeError for what our kernels do not serve."""
     check_qkv(query, key, value, _NAMES)
+    check_flag("is_causal", is_causal)
     h, hk = query.shape[1], key.shape[1]
     if h != hk and not enable_gqa:
         raise ValueError(f"key: expected {h} heads as query, or enable_gqa=True, got {hk} heads")

@@ -13,6 +13,7 @@ from fastgpt.backends.reference import varlen_attention as reference
 from fastgpt.ops._attention_checks import cast_together, check_heads, check_scale, distinct
 from fastgpt.ops._autograd import needs_grad, once
 from fastgpt.ops._checks import (
+    check_flag,
     check_rank,
     check_same_device,
     check_shape,
@@ -80,6 +81,7 @@ def varlen_attention(
     check_shape("v", v, tuple(k.shape), "that of k, (tk, hk, d)")
     check_heads(q.shape[1], k.shape[1], q.shape[2])
     q, k, v = cast_together(q, k, v)
+    check_flag("causal", causal)
     check_window(window)
     check_scale(scale)
     _check_offsets("cu_seqlens_q", cu_seqlens_q, q)

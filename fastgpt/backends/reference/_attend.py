@@ -50,7 +50,8 @@ def attend(
         total = weights.sum(-1, keepdim=True) + empty
         weights = weights / total
         lse = torch.where(empty, -torch.inf, peak + total.log()).squeeze(-1)
-        out = (weights if keep is None else weights * keep) @ v
+        # 0 already where a row is empty; so that its gradient, NaN included, is not read.
+        out = zero_where_not(~empty, (weights if keep is None else weights * keep) @ v)
     return out, lse
 
 

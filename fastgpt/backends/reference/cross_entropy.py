@@ -26,7 +26,7 @@ def cross_entropy_fwd(
     kept, safe = _targets(target, x.shape[1], ignore_index)
     wide = torch.where(kept[:, None], x.to(statistics_dtype(x)), 0.0)
     lse = torch.logsumexp(wide, -1)
-    surprise = lse[:, None] - wide
+    surprise = -torch.log_softmax(wide, -1)  # lse - wide would lose the digits of large logits
     loss = surprise.gather(1, safe[:, None])[:, 0]
     row_weight = kept.to(wide.dtype)
     if weight is not None:

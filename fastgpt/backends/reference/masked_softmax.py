@@ -23,7 +23,9 @@ def masked_softmax_fwd(
     top = z.detach().amax(-1, keepdim=True)
     e = torch.exp(z - torch.where(top == -torch.inf, 0.0, top))[..., :-1]
     total = e.sum(-1, keepdim=True)
-    return (e / torch.where(total == 0, 1.0, total)).to(out_dtype)
+    y = e / torch.where(total == 0, 1.0, total)
+    # 0 already; so that the gradient of a hidden entry, NaN included, is not read.
+    return torch.where(visible, y, 0.0).to(out_dtype)
 
 
 def masked_softmax_bwd(

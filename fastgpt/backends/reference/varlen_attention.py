@@ -34,15 +34,20 @@ class _Packing:
     def unpack(self, packed: Tensor) -> Tensor:
         """(total, ...) -> (n, longest, ...), zeros behind each document's end."""
         if packed.shape[0] == 0:
-            return packed.new_zeros(*self.valid.shape, *packed.shape[1:])
+            return _constant(packed, (*self.valid.shape, *packed.shape[1:]), 0.0)
         return zero_where_not(_like(self.valid, packed.dim() + 1), packed[self.token])
 
     def pack(self, padded: Tensor, fill: float = 0.0) -> Tensor:
         """(n, longest, ...) -> (total, ...), `fill` behind the last document."""
         if padded.shape[0] == 0 or padded.shape[1] == 0:
-            return padded.new_full((self.used.shape[0], *padded.shape[2:]), fill)
+            return _constant(padded, (self.used.shape[0], *padded.shape[2:]), fill)
         packed = padded[self.document, self.position]
         return torch.where(_like(self.used, packed.dim()), packed, fill)
+
+
+def _constant(empty: Tensor, shape: tuple[int, ...], fill: float) -> Tensor:
+    """A tensor of one value that autograd can trace to `empty`, which has no elements."""
+    return empty.sum() + empty.new_full(shape, fill)
 
 
 def _like(mask: Tensor, dims: int) -> Tensor:
