@@ -91,12 +91,20 @@ void absorb(const CrossEntropyAbsorb& p) {
   });
 }
 
+// lse in two floats: what x is near to, and the rest.
+struct SplitLse {
+  float high, low;
+  explicit SplitLse(double lse)
+      : high(static_cast<float>(lse)), low(static_cast<float>(lse - high)) {}
+};
+
 template <typename T, bool kSmooth>
-void backward_row(const T* x, int64_t n, float lse, float of_p, float of_weight,
+void backward_row(const T* x, int64_t n, SplitLse lse, float of_p, float of_weight,
                   const float* weight, T* dx) {
-  const Vec log_sum = set1(lse), factor = set1(of_p), constant = set1(-of_weight);
+  const Vec high = set1(lse.high), low = set1(lse.low);
+  const Vec factor = set1(of_p), constant = set1(-of_weight);
   for_vectors(n, [&](int64_t i, int lanes) {
-    const Vec p = exp_below(load_lanes(x + i, lanes) - log_sum);
+    const Vec p = exp_below((load_lanes(x + i, lanes) - high) - low);
     Vec d = p * factor;
     if (kSmooth) {
       const Vec w = weight == nullptr ? set1(1.0f) : load_lanes(weight + i, lanes);
@@ -127,7 +135,7 @@ void backward(const CrossEntropyBwd& p) {
       const float* dloss = static_cast<const float*>(p.dloss.data);
       double g = o.reduction == Reduction::none ? dloss[i] : dloss[0];
       if (o.reduction == Reduction::mean) g /= static_cast<const float*>(p.weight_sum.data)[0];
-      const float lse = static_cast<const float*>(p.lse.data)[i];
+      const SplitLse lse(static_cast<const double*>(p.lse.data)[i]);
       const double picked_weight = hard * weight_of(p.weight, target);
       const float of_p = static_cast<float>(g * (picked_weight + soft * all));
       const float of_weight = static_cast<float>(g * soft);
@@ -136,8 +144,8 @@ void backward(const CrossEntropyBwd& p) {
       const float picked = here ? to_float(x[j]) : 0.0f;  // before dx, which may be x, is written
       backward_row<T, kSmooth>(x, n, lse, of_p, of_weight, weight, dx);
       if (here) {
-        const float others =
-            exp_below(picked - lse) * of_p - of_weight * weight_of(p.weight, target);
+        const float others = exp_below((picked - lse.high) - lse.low) * of_p -
+                             of_weight * weight_of(p.weight, target);
         dx[j] = from_float<T>(others - static_cast<float>(g * picked_weight));
       }
     }
@@ -156,10 +164,11 @@ void cross_entropy_finish_kernel(const CrossEntropyFinish& p) {
   const double soft = o.label_smoothing / static_cast<double>(o.classes);
   const double all = soft > 0.0 ? total_weight(p.weight, o.classes) : 0.0;
   float* row_loss = static_cast<float*>(p.row_loss.data);
-  float* lse = static_cast<float*>(p.lse.data);
+  double* lse = static_cast<double*>(p.lse.data);
   parallel_for(r, kGrainElements / 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      row_loss[i] = lse[i] = 0.0f;
+      row_loss[i] = 0.0f;
+      lse[i] = 0.0;
       const int64_t target = target_of(p.target, i);
       if (target == o.ignore_index) continue;
       const CrossEntropyRow& row = p.rows[i];
@@ -170,7 +179,7 @@ void cross_entropy_finish_kernel(const CrossEntropyFinish& p) {
         loss = (1.0 - o.label_smoothing) * loss + soft * (all * (top + log_sum) - row.weighted);
       }
       row_loss[i] = static_cast<float>(loss);
-      lse[i] = static_cast<float>(top + log_sum);
+      lse[i] = top + log_sum;
     }
   });
   double loss = 0.0, weight_sum = 0.0;

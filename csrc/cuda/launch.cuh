@@ -11,19 +11,19 @@
 
 namespace fastgpt::cuda {
 
-inline void check(cudaError_t status, const char* what) {
+static inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string("fastgpt: ") + what + ": " + cudaGetErrorString(status));
 }
 
-inline void check_at_most(int64_t value, int64_t most, const char* what) {
+static inline void check_at_most(int64_t value, int64_t most, const char* what) {
   if (value <= most) return;
   throw std::runtime_error(std::string("fastgpt: ") + what + ": expected at most " +
                            std::to_string(most) + ", got " + std::to_string(value));
 }
 
 // The first dimension of a grid of so many blocks.
-inline unsigned grid_size(int64_t blocks) {
+static inline unsigned grid_size(int64_t blocks) {
   check_at_most(blocks, 0x7fffffff, "blocks of a grid");
   return static_cast<unsigned>(blocks);
 }

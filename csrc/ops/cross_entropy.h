@@ -40,7 +40,7 @@ struct CrossEntropyFinish {
   CrossEntropyOptions options;
   TensorRef row_loss;    // (r) f32; the loss itself for Reduction::none
   TensorRef loss;        // () f32, for mean and sum
-  TensorRef lse;         // (r) f32
+  TensorRef lse;         // (r) f64: x - lse in float32 keeps its digits however far x is from 0
   TensorRef weight_sum;  // () f32: the sum of w_t
 };
 
@@ -49,7 +49,7 @@ struct CrossEntropyBwd {
   TensorRef x;           // (r, n), as absorbed
   TensorRef target;      // (r) i64
   TensorRef weight;      // (v) f32 or absent
-  TensorRef lse;         // (r) f32
+  TensorRef lse;         // (r) f64
   TensorRef weight_sum;  // () f32
   TensorRef dx;          // (r, n) in x's dtype; may be x itself
   int64_t first_class;

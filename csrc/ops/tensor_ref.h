@@ -5,7 +5,7 @@
 
 namespace fastgpt {
 
-enum class DType : int8_t { f32, bf16, f16, u8, i32, i64 };
+enum class DType : int8_t { f32, bf16, f16, u8, i32, i64, f64 };
 
 struct TensorRef {
   static constexpr int kMaxDims = 4;

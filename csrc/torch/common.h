@@ -36,6 +36,8 @@ inline DType dtype_of(const Tensor& t) {
       return DType::i32;
     case ScalarType::Long:
       return DType::i64;
+    case ScalarType::Double:
+      return DType::f64;
     default:
       STD_TORCH_CHECK(false, "fastgpt: no kernel takes this dtype");
   }

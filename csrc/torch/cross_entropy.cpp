@@ -41,7 +41,7 @@ Tensor cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, std::optional<Te
   if (x.numel() != 0) {
     cpu::cross_entropy_bwd(
         {view_dloss(dloss, r, options.reduction), view_input(x, "x", 2), view(target),
-         view_parameter(weights, "weight", options.classes), view_flat(lse, "lse", DType::f32, {r}),
+         view_parameter(weights, "weight", options.classes), view_flat(lse, "lse", DType::f64, {r}),
          view_flat(weight_sum, "weight_sum", DType::f32, {}), view(dx), 0, options});
   }
   return dx;

@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
                                     label_smoothing};
   check_targets(target, r, options);
   view_dloss(dloss, r, options.reduction);
-  view_flat(lse, "lse", DType::f32, {r});
+  view_flat(lse, "lse", DType::f64, {r});
   const TensorRef total = view_flat(weight_sum, "weight_sum", DType::f32, {});
   const Logits logits(x, weight, bias);
   const FloatRows x_rows(x, logits.block_rows), weight_rows(weight, logits.block_classes);

@@ -32,7 +32,7 @@ inline CrossEntropyResult finish(const Tensor& target, const TensorRef& weight,
   const int64_t r = target.size(0);
   Tensor row_loss = empty(target, {r}, ScalarType::Float);
   Tensor loss = empty(target, {}, ScalarType::Float);
-  Tensor lse = empty(target, {r}, ScalarType::Float);
+  Tensor lse = empty(target, {r}, ScalarType::Double);
   Tensor weight_sum = empty(target, {}, ScalarType::Float);
   cpu::cross_entropy_finish(
       {rows, view(target), weight, o, view(row_loss), view(loss), view(lse), view(weight_sum)});

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt.ops._checks import check_number, check_same_device, check_shape, check_tensor
+from fastgpt.ops._checks import (
+    check_number,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    statistics_dtype,
+)
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -33,3 +39,13 @@ def check_target(target: Tensor, input: Tensor, shape: tuple[int, ...], layout: 
 def loss_dtype(input: Tensor, autocast: bool) -> torch.dtype:
     """The loss has the dtype of input; under autocast it is float32, as torch's."""
     return torch.float32 if autocast and input.dtype != torch.float64 else input.dtype
+
+
+def loss_outputs(x: Tensor, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty loss (r,) or (), lse (r,) and weight_sum () of the rows of x, as the kernels make them.
+
+    lse is float64, so that x - lse keeps its digits however far the logits are from 0.
+    """
+    r, wide = x.shape[0], statistics_dtype(x)
+    loss = x.new_empty((r,) if reduction == REDUCTIONS["none"] else (), dtype=wide)
+    return loss, x.new_empty(r, dtype=torch.float64), x.new_empty((), dtype=wide)

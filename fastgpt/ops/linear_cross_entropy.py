@@ -20,7 +20,7 @@ from fastgpt.ops._checks import (
     statistics_dtype,
 )
 from fastgpt.ops._library import define
-from fastgpt.ops._losses import REDUCTIONS, check_options, check_target, loss_dtype
+from fastgpt.ops._losses import REDUCTIONS, check_options, check_target, loss_dtype, loss_outputs
 from fastgpt.ops._rows import as_rows, unit_stride
 
 
@@ -144,9 +144,7 @@ def _linear_cross_entropy_fwd_fake(
     reduction: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lse = x.new_empty(x.shape[0], dtype=statistics_dtype(x))
-    loss = torch.empty_like(lse) if reduction == REDUCTIONS["none"] else lse.new_empty(())
-    return loss, lse, lse.new_empty(())
+    return loss_outputs(x, reduction)
 
 
 def _linear_cross_entropy_bwd_fake(
@@ -167,7 +165,7 @@ def _linear_cross_entropy_bwd_fake(
     return (
         x.new_empty(x.shape if need_dx else (0,)),
         weight.new_empty(weight.shape if need_dweight else (0,)),
-        lse.new_empty(weight.shape[0] if need_dbias else 0),
+        x.new_empty(weight.shape[0] if need_dbias else 0, dtype=statistics_dtype(x)),
     )
 
 

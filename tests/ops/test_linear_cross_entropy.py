@@ -90,7 +90,8 @@ def cancellation(inputs: Inputs, results: Results) -> dict[str, float]:
         return {}
     logits = (x.abs() @ weight.abs().T).max().item()
     dloss = results["outgoing_loss"]
-    found = row_cancellation(logits, dloss, inputs, inputs["target"].numel())
+    rows = inputs["target"].numel()
+    found = row_cancellation(logits, dloss, inputs, rows, exponent=logits)
     dlogits = found["dlogits"]
     return {
         "loss": found["loss"],

@@ -22,10 +22,10 @@ def cross_entropy_fwd(
     reduction: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (r, v), target (r,) -> loss (r,) or (), lse (r,) and the sum of w_t ()."""
+    """x (r, v), target (r,) -> loss (r,) or (), lse (r,) float64 and the sum of w_t ()."""
     kept, safe = _targets(target, x.shape[1], ignore_index)
     wide = torch.where(kept[:, None], x.to(statistics_dtype(x)), 0.0)
-    lse = torch.logsumexp(wide, -1)
+    lse = torch.logsumexp(wide.double(), -1)
     surprise = -torch.log_softmax(wide, -1)  # lse - wide would lose the digits of large logits
     loss = surprise.gather(1, safe[:, None])[:, 0]
     row_weight = kept.to(wide.dtype)
