@@ -95,7 +95,7 @@ def explain(
 def demo(
     text: Texts = None,
     more: MoreTexts = None,
-    steps: Steps = 400,
+    steps: Steps = 320,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for model, figures and curve.")] = Path(
         "fastgpt-demo"

@@ -27,7 +27,7 @@ class DemoOptions:
     """What the command line sets; a test sets the sizes too."""
 
     texts: tuple[Path, ...] = ()
-    steps: int = 400
+    steps: int = 320
     seed: int = 0
     out: Path = Path("fastgpt-demo")
     device: str = "cpu"
