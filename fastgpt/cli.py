@@ -80,7 +80,10 @@ def explain(
         Optional[int],  # noqa: UP045
         typer.Option(help="Keys a query sees; none: dense."),
     ] = None,
-    causal: Annotated[bool, typer.Option(help="Whether later keys are hidden.")] = True,
+    causal: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help="Whether later keys are hidden; by default they are."),
+    ] = None,
 ) -> None:
     """Which backend and kernel variant would run an op at a shape, and why no other."""
     with _errors_as_one_line():

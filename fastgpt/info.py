@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -109,7 +110,6 @@ def _varlen(q: Tensor, keywords: dict[str, Any]) -> Call:
 
 def _decode(cache: Tensor, keywords: dict[str, Any]) -> Call:
     lengths = torch.empty(cache.shape[0], dtype=torch.int32, device=cache.device)
-    keywords.pop("causal", None)
     return functional.decode_attention, (cache[:, :, :1], cache, cache, lengths), keywords
 
 
@@ -123,20 +123,20 @@ def _rows_op(name: str) -> Callable[[Tensor, dict[str, Any]], Call]:
             "bias_gelu": (x,),
             "masked_softmax": (x,),
         }
-        return getattr(functional, name), args[name], keywords if name == "masked_softmax" else {}
+        return getattr(functional, name), args[name], keywords
 
     return call
 
 
 def _cross_entropy(x: Tensor, keywords: dict[str, Any]) -> Call:
     target = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    return functional.cross_entropy, (x, target), {}
+    return functional.cross_entropy, (x, target), keywords
 
 
 def _linear_cross_entropy(x: Tensor, keywords: dict[str, Any]) -> Call:
     n, c, v = x.shape
     target = torch.empty(n, dtype=torch.int64, device=x.device)
-    return functional.linear_cross_entropy, (x[:, :, 0], x.new_empty(v, c), target), {}
+    return functional.linear_cross_entropy, (x[:, :, 0], x.new_empty(v, c), target), keywords
 
 
 EXAMPLES: dict[str, tuple[str, Callable[[Tensor, dict[str, Any]], Call]]] = {
@@ -162,12 +162,12 @@ def explain_call(
     device: str = "cpu",
     *,
     window: int | None = None,
-    causal: bool = True,
+    causal: bool | None = None,
 ) -> str:
     """`fastgpt.explain` of one op at a shape, without allocating it and for devices not there.
 
     Raises:
-        ValueError: unknown op or dtype, or a shape of the wrong rank.
+        ValueError: unknown op or dtype, a shape of the wrong rank, or an option that op lacks.
     """
     if op not in EXAMPLES:
         raise ValueError(f"op: expected one of {', '.join(EXAMPLES)}, got {op!r}")
@@ -178,12 +178,14 @@ def explain_call(
     dtypes = {str(d).removeprefix("torch."): d for d in dispatch.REFERENCE_DTYPES}
     if dtype not in dtypes:
         raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
+    keywords = {n: v for n, v in (("window", window), ("causal", causal)) if v is not None}
+    takes = inspect.signature(getattr(functional, op)).parameters
+    for name, value in keywords.items():
+        if name not in takes and f"is_{name}" not in takes:
+            raise ValueError(f"--{name}: {op} has no such option, got {value}")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), torch.no_grad():
         x = torch.empty(tuple(shape), dtype=dtypes[dtype], device=device)
-        keywords: dict[str, Any] = {"causal": causal}
-        if window is not None:
-            keywords["window"] = window
         function, args, kwargs = example(x, keywords)
         return str(dispatch.explain(function, *args, **kwargs))

@@ -115,6 +115,11 @@ def test_explain_a_device_that_is_not_here() -> None:
         (["explain", "attention", "--shape", "a,b"], "--shape: expected numbers with commas"),
         (["explain", "softmax", "--shape", "4,4", "--dtype", "int"], "--dtype: expected"),
         (["explain", "attention", "--shape", "1,1,8,8", "--window", "0"], "window: expected"),
+        (
+            ["explain", "softmax", "--shape", "4,4", "--window", "2"],
+            "--window: softmax has no such",
+        ),
+        (["explain", "layer_norm", "--shape", "4,4", "--no-causal"], "--causal: layer_norm has no"),
         (["demo", "--text", "no/such/file"], "there is no file or folder no/such/file"),
         (["demo", "--device", "cuda:99"], "--device"),
         (["train", "--preset", "gpt5", "--text", "README.md"], "name: expected one of gpt1,"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt.ops._checks import statistics_dtype
+from fastgpt.ops._checks import host_checks, statistics_dtype
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -75,7 +75,7 @@ def cross_entropy_bwd(
 def _targets(target: Tensor, v: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Which rows count, and their classes with 0 for the rows that do not."""
     kept = target != ignore_index
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if host_checks("reference", target):
         bad = kept & ((target < 0) | (target >= v))
         if bool(bad.any()):
             i = int(bad.nonzero()[0])

@@ -18,7 +18,7 @@ def linear_cross_entropy_fwd(
     reduction: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (r, c), weight (v, c), target (r,) -> loss (r,) or (), lse (r,), count of targets ()."""
+    """x (r, c), weight (v, c), target (r,) -> loss (r,) or (), lse (r,) float64, their count ()."""
     logits = _logits(x, weight, bias)
     return cross_entropy_fwd(logits, target, None, ignore_index, reduction, label_smoothing)
 
