@@ -104,3 +104,14 @@ def test_public_names_are_there() -> None:
     for module in (fastgpt, fastgpt.functional, fastgpt.nn):
         for name in module.__all__:
             assert getattr(module, name) is not None
+
+
+@pytest.mark.skipif(native.MISSING is not None, reason="the op library is not loaded")
+def test_an_isa_level_that_is_not_used_is_not_silent(tmp_path: Path) -> None:
+    where = copied(tmp_path, libraries=True)
+    done = in_process(where, "-c", "import fastgpt", FASTGPT_CPU_ISA="avx2")
+    assert done.returncode == 0
+    assert "FASTGPT_CPU_ISA: expected one of baseline" in done.stderr
+    assert "got 'avx2'" in done.stderr
+    done = in_process(where, "-c", "import fastgpt", FASTGPT_CPU_ISA="baseline")
+    assert "FASTGPT_CPU_ISA" not in done.stderr

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -45,7 +47,7 @@ MISSING: str | None = _load_op_library()
 _C, EXTENSION_MISSING = _load_extension()
 
 
-def build_info() -> dict[str, object]:
+def build_info() -> dict[str, Any]:
     """What was compiled: CPU ISA levels, the one in use, GPU architectures, compilers."""
     return dict(_C.build_info()) if _C is not None else {}
 
@@ -55,9 +57,24 @@ def cpu_isa() -> str | None:
     return str(_C.cpu_isa()) if _C is not None and MISSING is None else None
 
 
+def _warn_of_another_isa() -> None:
+    """An import never fails, but a level that was asked for and is not used is not kept silent."""
+    asked, used = os.environ.get("FASTGPT_CPU_ISA"), cpu_isa()
+    if asked and used and asked != used:
+        levels = ", ".join(build_info()["cpu_isa_levels"])
+        warnings.warn(
+            f"FASTGPT_CPU_ISA: expected one of {levels} that this machine has, got {asked!r}; "
+            f"the kernels run at {used}",
+            stacklevel=2,
+        )
+
+
+_warn_of_another_isa()
+
+
 def gpu_architectures() -> tuple[str, ...]:
     """The GPU architectures that kernels were compiled for, as `sm_90`; empty without CUDA."""
-    return tuple(str(a) for a in build_info().get("cuda_architectures", ()))  # type: ignore[attr-defined]
+    return tuple(str(a) for a in build_info().get("cuda_architectures", ()))
 
 
 def cuda_refusal() -> str | None:
