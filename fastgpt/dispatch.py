@@ -178,6 +178,18 @@ def _observe(choice: Choice) -> None:
         print(f"fastgpt: {choice}", flush=True)
 
 
+def _first_of_table(op: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
+    row = TABLE[op]
+    for name in _ORDER.get(device, ("triton", "reference")):
+        cell = row.get(name)
+        if cell is not None and cell.accepts(dtype, head_dim) and _unavailable(name) is None:
+            return name
+    return "reference"
+
+
+_choice = functools.cache(_first_of_table)
+
+
 def pick(op: str, tensor: Tensor, *, head_dim: int = 0, **features: Any) -> str:
     """The backend that runs `op` on `tensor`: the first of the table that takes it.
 
@@ -186,7 +198,7 @@ def pick(op: str, tensor: Tensor, *, head_dim: int = 0, **features: Any) -> str:
     Raises:
         RuntimeError: the forced backend cannot run it; the message says why.
     """
-    device, dtype = tensor.device.type, tensor.dtype
+    device, dtype = "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype
     if _forced is not None:
         reason = refusal(op, _forced, device, dtype, head_dim)
         if reason is not None:
@@ -194,14 +206,10 @@ def pick(op: str, tensor: Tensor, *, head_dim: int = 0, **features: Any) -> str:
                 f"{op}: backend {_forced!r} is forced, but cannot run this call: {reason}"
             )
         chosen = _forced
+    elif torch.compiler.is_compiling():
+        chosen = _first_of_table(op, device, dtype, head_dim)
     else:
-        row = TABLE[op]
-        chosen = "reference"
-        for name in _ORDER.get(device, ("triton", "reference")):
-            cell = row.get(name)
-            if cell is not None and cell.accepts(dtype, head_dim) and _unavailable(name) is None:
-                chosen = name
-                break
+        chosen = _choice(op, device, dtype, head_dim)
     if (_observer is not None or _logging) and not torch.compiler.is_compiling():
         reasons = {
             name: "another backend is forced" if _forced else why or f"{chosen} comes first"

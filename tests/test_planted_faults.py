@@ -67,24 +67,24 @@ def bias_gradient_lost_a_row(raw: Raw, *args: Any) -> Any:
 
 
 def variance_over_n_minus_1(raw: Raw, x: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
-    eps, out_dtype = rest
+    eps, float_out = rest
     wide, n = x.float(), x.shape[1]
     rstd = (wide.var(-1, correction=1) + eps).rsqrt()
     y = (wide - wide.mean(-1, keepdim=True)) * rstd[:, None]
     y = y if weight is None else y * weight.float()
     y = y if bias is None else y + bias.float()
     assert n > 1
-    return y.to(out_dtype), wide.mean(-1), rstd
+    return y.to(torch.float32 if float_out else x.dtype), wide.mean(-1), rstd
 
 
 def eps_outside_the_root(raw: Raw, x: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
-    eps, out_dtype = rest
-    _, mean, rstd = raw(x, weight, bias, eps, torch.float32)
+    eps, float_out = rest
+    _, mean, rstd = raw(x, weight, bias, eps, True)
     rstd = 1 / ((1 / rstd**2 - eps).sqrt() + 100 * eps)
     y = (x.float() - mean[:, None]) * rstd[:, None]
     y = y if weight is None else y * weight.float()
     y = y if bias is None else y + bias.float()
-    return y.to(out_dtype), mean, rstd
+    return y.to(torch.float32 if float_out else x.dtype), mean, rstd
 
 
 def ignores_ds(raw: Raw, *args: Any) -> Any:
@@ -123,13 +123,13 @@ def one_percent_off(raw: Raw, scores: Tensor, scale: float, *rest: Any) -> Any:
     return raw(scores, 1.01 * scale, *rest)
 
 
-def softmax_of_scaled(raw: Raw, x: Tensor, out_dtype: torch.dtype) -> Any:
-    return raw(1.01 * x.float(), out_dtype)
+def softmax_of_scaled(raw: Raw, x: Tensor, float_out: bool) -> Any:
+    return raw(1.01 * x.float(), float_out)
 
 
-def sum_of_all_but_the_last(raw: Raw, x: Tensor, out_dtype: torch.dtype) -> Any:
+def sum_of_all_but_the_last(raw: Raw, x: Tensor, float_out: bool) -> Any:
     y = raw(x.float(), torch.float32)
-    return (y / (1 - y[:, -1:])).to(out_dtype)
+    return (y / (1 - y[:, -1:])).to(torch.float32 if float_out else x.dtype)
 
 
 def without_dot(raw: Raw, dy: Tensor, y: Tensor, in_dtype: torch.dtype) -> Any:

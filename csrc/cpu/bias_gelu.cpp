@@ -58,9 +58,8 @@ FASTGPT_INLINE Vec gelu_derivative(Vec z) {
 template <typename T, bool kTanh>
 void forward(const BiasGeluFwd& p) {
   const int64_t r = p.x.size[0], n = p.x.size[1];
-  const Scratch scratch(n * sizeof(float));
-  float* bias = scratch.at();
-  widen(p.bias, 0.0f, n, bias);
+  const FloatParameter biases(p.bias, 0.0f, n);
+  const float* bias = biases.data();
   parallel_for(r, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = row_of<T>(p.x, row);
@@ -80,10 +79,10 @@ void backward(const BiasGeluBwd& p) {
   const int64_t balanced = (r + kMaxChunks - 1) / kMaxChunks;
   const int64_t chunk_rows = balanced < kMinChunkRows ? kMinChunkRows : balanced;
   const int64_t chunks = (r + chunk_rows - 1) / chunk_rows;
-  const Scratch scratch((1 + (p.dbias ? chunks : 0)) * n * sizeof(float));
-  float* bias = scratch.at();
-  float* partial = bias + n;
-  widen(p.bias, 0.0f, n, bias);
+  const FloatParameter biases(p.bias, 0.0f, n);
+  const float* bias = biases.data();
+  const Scratch scratch((p.dbias ? chunks : 0) * n * sizeof(float));
+  float* partial = scratch.at();
   parallel_for(chunks, kGrainElements / (n * chunk_rows) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* dbias = p.dbias ? partial + chunk * n : nullptr;

@@ -44,11 +44,8 @@ void normalize_row(const T* x, int64_t n, const float* weight, const float* bias
 template <typename T, typename Y>
 void forward(const LayerNormFwd& p) {
   const int64_t r = p.x.size[0], n = p.x.size[1];
-  const Scratch scratch(2 * n * sizeof(float));
-  float* weight = scratch.at();
-  float* bias = weight + n;
-  widen(p.weight, 1.0f, n, weight);
-  widen(p.bias, 0.0f, n, bias);
+  const FloatParameter weights(p.weight, 1.0f, n), biases(p.bias, 0.0f, n);
+  const float *weight = weights.data(), *bias = biases.data();
   parallel_for(r, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = row_of<T>(p.x, row);
@@ -111,10 +108,10 @@ void backward(const LayerNormBwd& p) {
   const int64_t chunk_rows = balanced < kMinChunkRows ? kMinChunkRows : balanced;
   const int64_t chunks = (r + chunk_rows - 1) / chunk_rows;
   const int64_t sums = (p.dweight ? 1 : 0) + (p.dbias ? 1 : 0);
-  const Scratch scratch((1 + chunks * sums) * n * sizeof(float));
-  float* weight = scratch.at();
-  float* partial = weight + n;
-  widen(p.weight, 1.0f, n, weight);
+  const FloatParameter weights(p.weight, 1.0f, n);
+  const float* weight = weights.data();
+  const Scratch scratch(chunks * sums * n * sizeof(float));
+  float* partial = scratch.at();
   parallel_for(chunks, kGrainElements / (n * chunk_rows) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* mine = partial + chunk * sums * n;

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "csrc/common/dispatch.h"
+#include "csrc/cpu/pages.h"
 
 namespace fastgpt {
 
@@ -50,12 +51,16 @@ inline int worker_count(int64_t n) {
   return n < threads ? static_cast<int>(n) : threads;
 }
 
-// The scratch of one call: one allocation, aligned to a cache line.
+// The scratch of one call: one allocation, aligned to a cache line; none for 0 bytes.
 class Scratch {
  public:
   explicit Scratch(size_t bytes)
-      : data_(::operator new(bytes == 0 ? 1 : bytes, std::align_val_t{64})) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+      : data_(bytes == 0 ? nullptr : ::operator new(bytes, std::align_val_t{64})) {
+    prefer_huge_pages(data_, bytes);
+  }
+  ~Scratch() {
+    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{64});
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 

@@ -1,6 +1,7 @@
 // Pieces that the kernels over rows share: loops over a row in whole vectors and one partial one.
 #pragma once
 
+#include "csrc/cpu/parallel.h"
 #include "csrc/cpu/simd.h"
 #include "csrc/ops/tensor_ref.h"
 
@@ -61,20 +62,34 @@ FASTGPT_INLINE float sum_vectors(int64_t n, const Term& term) {
   return reduce_add(fold_vectors(n, 0.0f, [](Vec a, Vec b) { return a + b; }, term));
 }
 
-// A parameter vector (n) of any float dtype as floats; absent: all equal to fallback.
-inline void widen(const TensorRef& parameter, float fallback, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (!parameter) {
-      out[i] = fallback;
-    } else if (parameter.dtype == DType::bf16) {
-      out[i] = to_float(static_cast<const bf16*>(parameter.data)[i]);
-    } else if (parameter.dtype == DType::f16) {
-      out[i] = to_float(static_cast<const f16*>(parameter.data)[i]);
-    } else {
-      out[i] = static_cast<const float*>(parameter.data)[i];
-    }
+// A parameter vector (n) of any float dtype as floats: in place where it is stored so, else a copy;
+// absent: all equal to fallback.
+class FloatParameter {
+ public:
+  FloatParameter(const TensorRef& parameter, float fallback, int64_t n)
+      : in_place_(parameter && parameter.dtype == DType::f32
+                      ? static_cast<const float*>(parameter.data)
+                      : nullptr),
+        copy_(in_place_ == nullptr ? n * sizeof(float) : 0) {
+    if (in_place_ != nullptr) return;
+    for_vectors(n, [&](int64_t i, int lanes) {
+      store_lanes(copy_.at() + i, widened(parameter, fallback, i, lanes), lanes);
+    });
   }
-}
+  const float* data() const { return in_place_ == nullptr ? copy_.at() : in_place_; }
+
+ private:
+  static Vec widened(const TensorRef& parameter, float fallback, int64_t i, int lanes) {
+    if (!parameter) return set1(fallback);
+    if (parameter.dtype == DType::bf16) {
+      return load_lanes(static_cast<const bf16*>(parameter.data) + i, lanes);
+    }
+    return load_lanes(static_cast<const f16*>(parameter.data) + i, lanes);
+  }
+
+  const float* in_place_;
+  Scratch copy_;
+};
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

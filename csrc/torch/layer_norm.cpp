@@ -24,7 +24,7 @@ LayerNormFwd forward_params(const Tensor& x, const std::optional<Tensor>& weight
   p.x = view_input(x, "x", 2);
   p.weight = view_parameter(weight, "weight", p.x.size[1]);
   p.bias = view_parameter(bias, "bias", p.x.size[1]);
-  p.y = view_result(y, "out_dtype", p.x);
+  p.y = view(y);
   p.mean = view(mean);
   p.rstd = view(rstd);
   p.eps = static_cast<float>(eps);
@@ -42,9 +42,9 @@ void run(const LayerNormFwd& p, const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, std::optional<Tensor> weight,
                                                   std::optional<Tensor> bias, double eps,
-                                                  ScalarType out_dtype) {
+                                                  bool float_out) {
   const int64_t r = x.size(0), n = x.size(1);
-  Tensor y = empty(x, {r, n}, out_dtype);
+  Tensor y = empty(x, {r, n}, result_dtype(x, float_out));
   Tensor mean = empty(x, {r}, ScalarType::Float);
   Tensor rstd = empty(x, {r}, ScalarType::Float);
   run(forward_params(x, weight, bias, eps, y, mean, rstd), x);
@@ -54,9 +54,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, std::optional<Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual,
                                                               std::optional<Tensor> weight,
                                                               std::optional<Tensor> bias,
-                                                              double eps, ScalarType out_dtype) {
+                                                              double eps, bool float_out) {
   const int64_t r = x.size(0), n = x.size(1);
-  Tensor y = empty(x, {r, n}, out_dtype);
+  Tensor y = empty(x, {r, n}, result_dtype(x, float_out));
   Tensor s = empty(x, {r, n});
   Tensor mean = empty(x, {r}, ScalarType::Float);
   Tensor rstd = empty(x, {r}, ScalarType::Float);

@@ -6,12 +6,13 @@ namespace fastgpt::binding {
 namespace {
 
 Tensor masked_softmax_fwd(Tensor scores, double scale, bool causal, std::optional<int64_t> window,
-                          ScalarType out_dtype) {
-  Tensor y = empty(scores, {scores.size(0), scores.size(1), scores.size(2)}, out_dtype);
+                          bool float_out) {
+  Tensor y = empty(scores, {scores.size(0), scores.size(1), scores.size(2)},
+                   result_dtype(scores, float_out));
   if (scores.numel() == 0) return y;
   const TensorRef in = view_input(scores, "scores", 3);
   const Band band{causal, window.value_or(0)};
-  cpu::masked_softmax_fwd({in, view_result(y, "out_dtype", in), static_cast<float>(scale), band});
+  cpu::masked_softmax_fwd({in, view(y), static_cast<float>(scale), band});
   return y;
 }
 

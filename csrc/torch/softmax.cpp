@@ -5,11 +5,11 @@
 namespace fastgpt::binding {
 namespace {
 
-Tensor softmax_fwd(Tensor x, ScalarType out_dtype) {
-  Tensor y = empty(x, {x.size(0), x.size(1)}, out_dtype);
+Tensor softmax_fwd(Tensor x, bool float_out) {
+  Tensor y = empty(x, {x.size(0), x.size(1)}, result_dtype(x, float_out));
   if (x.numel() == 0) return y;
   const TensorRef in = view_input(x, "x", 2);
-  cpu::softmax_fwd({in, view_result(y, "out_dtype", in)});
+  cpu::softmax_fwd({in, view(y)});
   return y;
 }
 

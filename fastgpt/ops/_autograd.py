@@ -18,7 +18,21 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     """
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def record(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, without the Python wrapper around it where that has no work to do.
+
+    The wrapper serves functorch's transforms and costs half of what recording a tiny call costs.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 class _Once(torch.autograd.Function):

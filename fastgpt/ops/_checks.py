@@ -22,7 +22,8 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_float(name: str, tensor: Tensor) -> None:
     """TypeError unless `tensor` has a dtype that the ops compute in."""
-    check_tensor(name, tensor)
+    if not isinstance(tensor, Tensor):
+        check_tensor(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}"
@@ -31,7 +32,8 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 def check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
     """ValueError unless `tensor` has `rank` dimensions; `layout` names them, as `(b, h, s, d)`."""
-    check_tensor(name, tensor)
+    if not isinstance(tensor, Tensor):
+        check_tensor(name, tensor)
     if tensor.dim() != rank:
         raise ValueError(
             f"{name}: expected {rank} dimensions {layout}, got shape {tuple(tensor.shape)}"
@@ -40,8 +42,9 @@ def check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], layout: str) -> None:
     """ValueError unless `tensor` has exactly `shape`; `layout` names its dimensions."""
-    check_tensor(name, tensor)
-    if tuple(tensor.shape) != tuple(shape):
+    if not isinstance(tensor, Tensor):
+        check_tensor(name, tensor)
+    if tensor.shape != shape:
         raise ValueError(
             f"{name}: expected shape {layout} = {tuple(shape)}, got {tuple(tensor.shape)}"
         )
@@ -49,6 +52,8 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], layout: str) 
 
 def check_same_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """ValueError unless both tensors are on one device."""
+    if tensor.is_cpu and like.is_cpu:
+        return
     if tensor.device != like.device:
         raise ValueError(
             f"{name}: expected device {like.device} as {like_name}, got {tensor.device}"
@@ -61,14 +66,21 @@ def check_same_dtype(name: str, tensor: Tensor, like_name: str, like: Tensor) ->
         raise TypeError(f"{name}: expected dtype {like.dtype} as {like_name}, got {tensor.dtype}")
 
 
-def check_parameter(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """A weight or bias: on the device of `like`, in its dtype or in float32."""
-    check_float(name, tensor)
-    check_same_device(name, tensor, like_name, like)
-    if tensor.dtype not in (like.dtype, torch.float32):
+def check_parameter(
+    name: str, tensor: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...], layout: str
+) -> None:
+    """A weight or bias of this shape, on the device of `like`, in its dtype or in float32."""
+    if not isinstance(tensor, Tensor):
+        check_tensor(name, tensor)
+    dtype = tensor.dtype
+    if dtype != like.dtype and dtype != torch.float32:
+        check_float(name, tensor)
         raise TypeError(
-            f"{name}: expected dtype {like.dtype} (as {like_name}) or float32, got {tensor.dtype}"
+            f"{name}: expected dtype {like.dtype} (as {like_name}) or float32, got {dtype}"
         )
+    check_same_device(name, tensor, like_name, like)
+    if tensor.shape != shape:
+        check_shape(name, tensor, shape, layout)
 
 
 def check_window(window: int | None) -> None:
@@ -95,7 +107,7 @@ def check_flag(name: str, value: object) -> None:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of the autocast region that covers `tensor`'s device, None outside of one."""
-    device = tensor.device.type
+    device = "cpu" if tensor.is_cpu else tensor.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None

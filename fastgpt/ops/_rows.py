@@ -31,4 +31,4 @@ def as_matrices(tensor: Tensor) -> Tensor:
 
 def unit_stride(tensor: Tensor) -> Tensor:
     """`tensor` itself if its last stride is 1, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -17,7 +17,7 @@ from fastgpt.ops._attention_checks import (
     distinct,
     empty_token_major,
 )
-from fastgpt.ops._autograd import needs_grad, once
+from fastgpt.ops._autograd import needs_grad, once, record
 from fastgpt.ops._checks import (
     check_flag,
     check_float,
@@ -169,7 +169,8 @@ def run_attention(
     elif dropout_seed is None:
         dropout_seed = torch.randint(2**63 - 1, (), device=q.device)
     if backend != "reference" and needs_grad(q, k, v, bias):
-        return _Attention.apply(
+        return record(
+            _Attention,
             backend,
             *distinct(q, k, v),
             bias,

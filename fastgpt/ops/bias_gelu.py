@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import bias_gelu as reference
-from fastgpt.ops._autograd import needs_grad, once
-from fastgpt.ops._checks import check_float, check_parameter, check_shape, statistics_dtype
+from fastgpt.ops._autograd import needs_grad, once, record
+from fastgpt.ops._checks import check_float, check_parameter, statistics_dtype
 from fastgpt.ops._library import define
 from fastgpt.ops._rows import as_rows, from_rows, unit_stride
 
@@ -36,8 +36,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     if approximate not in ("tanh", "none"):
         raise ValueError(f'approximate: expected "tanh" or "none", got {approximate!r}')
     if bias is not None:
-        check_parameter("bias", bias, "x", x)
-        check_shape("bias", bias, tuple(x.shape[-1:]), "(n,)")
+        check_parameter("bias", bias, "x", x, x.shape[-1:], "(n,)")
         bias = bias.contiguous()
     tanh = approximate == "tanh"
     rows = as_rows(x)
@@ -45,7 +44,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     if backend == "reference":
         y = reference.bias_gelu_fwd(rows, bias, tanh)
     elif needs_grad(x, bias):
-        y = _BiasGelu.apply(backend, rows, bias, tanh)
+        y = record(_BiasGelu, backend, rows, bias, tanh)
     else:
         y = dispatch.kernel("bias_gelu", backend, "bias_gelu_fwd")(rows, bias, tanh)
     return from_rows(y, x)

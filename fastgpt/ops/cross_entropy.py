@@ -9,12 +9,11 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import cross_entropy as reference
-from fastgpt.ops._autograd import needs_grad, once
+from fastgpt.ops._autograd import needs_grad, once, record
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_float,
     check_parameter,
-    check_shape,
     check_tensor,
 )
 from fastgpt.ops._library import define
@@ -72,8 +71,7 @@ def cross_entropy(
     shape = tuple(input.shape[:class_dim]) + tuple(input.shape[class_dim + 1 :])
     check_target(target, input, shape, "input's without its classes")
     if weight is not None:
-        check_parameter("weight", weight, "input", input)
-        check_shape("weight", weight, (v,), "(v,)")
+        check_parameter("weight", weight, "input", input, (v,), "(v,)")
         if needs_grad(weight):
             raise ValueError("weight: expected requires_grad=False, there is no gradient for it")
         weight = weight.contiguous()
@@ -86,7 +84,7 @@ def cross_entropy(
     if backend == "reference":
         loss = reference.cross_entropy_fwd(x, classes, weight, *options)[0]
     elif needs_grad(input):
-        loss = _CrossEntropy.apply(backend, x, classes, weight, *options)
+        loss = record(_CrossEntropy, backend, x, classes, weight, *options)
     else:
         run = dispatch.kernel("cross_entropy", backend, "cross_entropy_fwd")
         loss = run(x, classes, weight, *options)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import layer_norm as reference
-from fastgpt.ops._autograd import needs_grad, once
+from fastgpt.ops._autograd import needs_grad, once, record
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_float,
@@ -23,6 +23,7 @@ from fastgpt.ops._checks import (
     statistics_dtype,
 )
 from fastgpt.ops._library import define
+from fastgpt.ops._rows import as_rows, unit_stride
 
 
 def layer_norm(
@@ -52,17 +53,17 @@ def layer_norm(
     Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
     """
     shape = _check(input, normalized_shape, weight, bias, eps)
-    out_dtype = input.dtype if autocast_dtype(input) is None else torch.float32
+    float_out = autocast_dtype(input) is not None
     x = _rows(input, shape)
     w, b = _flat(weight), _flat(bias)
     backend = dispatch.pick("layer_norm", input)
     if backend == "reference":
-        y = reference.layer_norm_fwd(x, w, b, eps, out_dtype)[0]
+        y = reference.layer_norm_fwd(x, w, b, eps, float_out)[0]
     elif needs_grad(input, weight, bias):
-        y = _LayerNorm.apply(backend, x, w, b, eps, out_dtype)
+        y = record(_LayerNorm, backend, x, w, b, eps, float_out)
     else:
-        y = dispatch.kernel("layer_norm", backend, "layer_norm_fwd")(x, w, b, eps, out_dtype)[0]
-    return y.view(input.shape)
+        y = dispatch.kernel("layer_norm", backend, "layer_norm_fwd")(x, w, b, eps, float_out)[0]
+    return y if y.dim() == input.dim() else y.view(input.shape)
 
 
 def add_layer_norm(
@@ -88,26 +89,27 @@ def add_layer_norm(
         ValueError, TypeError: as `layer_norm`, and if x and residual differ in shape, device or
             dtype.
     """
-    autocast = autocast_dtype(x) is not None if isinstance(x, Tensor) else False
     shape = _check(x, normalized_shape, weight, bias, eps, "x")
+    float_out = autocast_dtype(x) is not None
     check_float("residual", residual)
-    check_shape("residual", residual, tuple(x.shape), "that of x")
+    check_shape("residual", residual, x.shape, "that of x")
     check_same_device("residual", residual, "x", x)
-    if autocast:
+    if float_out:
         wider = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wider), residual.to(wider)
     check_same_dtype("residual", residual, "x", x)
-    out_dtype = torch.float32 if autocast else x.dtype
     rows, residual_rows = _rows(x, shape), _rows(residual, shape)
     w, b = _flat(weight), _flat(bias)
     backend = dispatch.pick("add_layer_norm", x)
     if backend == "reference":
-        y, s = reference.add_layer_norm_fwd(rows, residual_rows, w, b, eps, out_dtype)[:2]
+        y, s = reference.add_layer_norm_fwd(rows, residual_rows, w, b, eps, float_out)[:2]
     elif needs_grad(x, residual, weight, bias):
-        y, s = _AddLayerNorm.apply(backend, rows, residual_rows, w, b, eps, out_dtype)
+        y, s = record(_AddLayerNorm, backend, rows, residual_rows, w, b, eps, float_out)
     else:
         run = dispatch.kernel("add_layer_norm", backend, "add_layer_norm_fwd")
-        y, s = run(rows, residual_rows, w, b, eps, out_dtype)[:2]
+        y, s = run(rows, residual_rows, w, b, eps, float_out)[:2]
+    if y.dim() == x.dim():
+        return y, s
     return y.view(x.shape), s.view(x.shape)
 
 
@@ -121,35 +123,44 @@ def _check(
 ) -> tuple[int, ...]:
     check_float(name, input)
     check_number("eps", eps)
-    if isinstance(normalized_shape, (int, torch.SymInt)):
-        shape: tuple[int, ...] = (normalized_shape,)
+    shape: tuple[int, ...]
+    if isinstance(normalized_shape, tuple):
+        shape = normalized_shape
+    elif isinstance(normalized_shape, (int, torch.SymInt)):
+        shape = (normalized_shape,)
     elif isinstance(normalized_shape, Iterable):
         shape = tuple(normalized_shape)
     else:
         raise TypeError(
             f"normalized_shape: expected an int or a sequence of ints, got {normalized_shape!r}"
         )
-    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+    size = input.shape
+    # A slice of a torch.Size costs as much as the other checks of a call.
+    simple = len(shape) == 1 and len(size) > 0
+    if not (size[-1] == shape[0] if simple else shape and size[-len(shape) :] == shape):
         raise ValueError(
             f"normalized_shape: expected the trailing dimensions of {name}, whose shape is "
             f"{tuple(input.shape)}, got {shape}"
         )
-    for parameter_name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            check_parameter(parameter_name, parameter, name, input)
-            check_shape(parameter_name, parameter, shape, "normalized_shape")
+    if weight is not None:
+        check_parameter("weight", weight, name, input, shape, "normalized_shape")
+    if bias is not None:
+        check_parameter("bias", bias, name, input, shape, "normalized_shape")
     return shape
 
 
 def _rows(input: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(..., *shape) -> (r, n) with the last stride 1, a view wherever one exists."""
+    if len(shape) == 1:
+        return as_rows(input)
     n = math.prod(shape)
-    rows = input.reshape(math.prod(input.shape[: input.dim() - len(shape)]), n)
-    return rows if rows.stride(-1) == 1 or n == 1 else rows.contiguous()
+    return unit_stride(input.reshape(math.prod(input.shape[: input.dim() - len(shape)]), n))
 
 
 def _flat(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.reshape(-1).contiguous()
+    if parameter is None or (parameter.dim() == 1 and parameter.is_contiguous()):
+        return parameter
+    return parameter.reshape(-1).contiguous()
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -161,10 +172,10 @@ class _LayerNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        out_dtype: torch.dtype,
+        float_out: bool,
     ) -> Tensor:
         run = dispatch.kernel("layer_norm", backend, "layer_norm_fwd")
-        y, mean, rstd = run(x, weight, bias, eps, out_dtype)
+        y, mean, rstd = run(x, weight, bias, eps, float_out)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.backend = backend
         return y
@@ -184,10 +195,10 @@ class _AddLayerNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        out_dtype: torch.dtype,
+        float_out: bool,
     ) -> tuple[Tensor, Tensor]:
         run = dispatch.kernel("add_layer_norm", backend, "add_layer_norm_fwd")
-        y, s, mean, rstd = run(x, residual, weight, bias, eps, out_dtype)
+        y, s, mean, rstd = run(x, residual, weight, bias, eps, float_out)
         ctx.save_for_backward(s, weight, bias, mean, rstd)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
@@ -208,12 +219,12 @@ def _backward(
     with torch.no_grad():
         run = dispatch.kernel(op, ctx.backend, "layer_norm_bwd")
         dx, dweight, dbias = run(
-            torch.zeros_like(x) if dy is None else _unit_stride(dy),
+            torch.zeros_like(x) if dy is None else unit_stride(dy),
             x,
             weight,
             mean,
             rstd,
-            None if ds is None else _unit_stride(ds),
+            None if ds is None else unit_stride(ds),
             need_dweight,
             need_dbias,
         )
@@ -222,14 +233,10 @@ def _backward(
     return once(op, (dy, ds, x, weight, bias), dx, dweight, dbias)
 
 
-def _unit_stride(rows: Tensor) -> Tensor:
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 def _layer_norm_fwd_fake(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, float_out: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.new_empty(x.shape, dtype=out_dtype)
+    y = x.new_empty(x.shape, dtype=torch.float32 if float_out else x.dtype)
     statistics = x.new_empty(x.shape[0], dtype=statistics_dtype(x))
     return y, statistics, torch.empty_like(statistics)
 
@@ -240,9 +247,9 @@ def _add_layer_norm_fwd_fake(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    out_dtype: torch.dtype,
+    float_out: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, mean, rstd = _layer_norm_fwd_fake(x, weight, bias, eps, out_dtype)
+    y, mean, rstd = _layer_norm_fwd_fake(x, weight, bias, eps, float_out)
     return y, x.new_empty(x.shape), mean, rstd
 
 
@@ -266,13 +273,13 @@ def _layer_norm_bwd_fake(
 
 define(
     "layer_norm_fwd",
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype)"
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool float_out)"
     " -> (Tensor y, Tensor mean, Tensor rstd)",
     _layer_norm_fwd_fake,
 )
 define(
     "add_layer_norm_fwd",
-    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype)"
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, bool float_out)"
     " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
     _add_layer_norm_fwd_fake,
 )

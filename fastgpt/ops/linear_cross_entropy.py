@@ -9,14 +9,13 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import linear_cross_entropy as reference
-from fastgpt.ops._autograd import needs_grad, once
+from fastgpt.ops._autograd import needs_grad, once, record
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_float,
     check_parameter,
     check_same_device,
     check_same_dtype,
-    check_shape,
     statistics_dtype,
 )
 from fastgpt.ops._library import define
@@ -78,8 +77,7 @@ def linear_cross_entropy(
         input, linear_weight = input.to(region), linear_weight.to(region)
     check_same_dtype("linear_weight", linear_weight, "input", input)
     if linear_bias is not None:
-        check_parameter("linear_bias", linear_bias, "input", input)
-        check_shape("linear_bias", linear_bias, (v,), "(v,)")
+        check_parameter("linear_bias", linear_bias, "input", input, (v,), "(v,)")
         linear_bias = linear_bias.contiguous()
 
     x, weight = as_rows(input), unit_stride(linear_weight)
@@ -90,7 +88,7 @@ def linear_cross_entropy(
         run = reference.linear_cross_entropy_fwd
         loss = run(x, weight, linear_bias, classes, *options)[0]
     elif needs_grad(input, linear_weight, linear_bias):
-        loss = _LinearCrossEntropy.apply(backend, x, weight, linear_bias, classes, *options)
+        loss = record(_LinearCrossEntropy, backend, x, weight, linear_bias, classes, *options)
     else:
         run = dispatch.kernel("linear_cross_entropy", backend, "linear_cross_entropy_fwd")
         loss = run(x, weight, linear_bias, classes, *options)[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import masked_softmax as reference
-from fastgpt.ops._autograd import needs_grad, once
+from fastgpt.ops._autograd import needs_grad, once, record
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_flag,
@@ -52,17 +52,16 @@ def masked_softmax(
     check_number("scale", scale)
     check_flag("causal", causal)
     check_window(window)
-    autocast = autocast_dtype(scores) is not None and scores.dtype != torch.float64
-    out_dtype = torch.float32 if autocast else scores.dtype
+    float_out = autocast_dtype(scores) is not None and scores.dtype != torch.float64
     x = as_matrices(scores)
     backend = dispatch.pick("masked_softmax", scores, causal=causal, window=window)
     if backend == "reference":
-        y = reference.masked_softmax_fwd(x, scale, causal, window, out_dtype)
+        y = reference.masked_softmax_fwd(x, scale, causal, window, float_out)
     elif needs_grad(scores):
-        y = _MaskedSoftmax.apply(backend, x, scale, causal, window, out_dtype)
+        y = record(_MaskedSoftmax, backend, x, scale, causal, window, float_out)
     else:
         run = dispatch.kernel("masked_softmax", backend, "masked_softmax_fwd")
-        y = run(x, scale, causal, window, out_dtype)
+        y = run(x, scale, causal, window, float_out)
     return from_rows(y, scores)
 
 
@@ -75,10 +74,10 @@ class _MaskedSoftmax(torch.autograd.Function):
         scale: float,
         causal: bool,
         window: int | None,
-        out_dtype: torch.dtype,
+        float_out: bool,
     ) -> Tensor:
         run = dispatch.kernel("masked_softmax", backend, "masked_softmax_fwd")
-        y = run(scores, scale, causal, window, out_dtype)
+        y = run(scores, scale, causal, window, float_out)
         ctx.save_for_backward(y)
         ctx.backend, ctx.mask, ctx.in_dtype = backend, (scale, causal, window), scores.dtype
         return y
@@ -93,9 +92,9 @@ class _MaskedSoftmax(torch.autograd.Function):
 
 
 def _masked_softmax_fwd_fake(
-    scores: Tensor, scale: float, causal: bool, window: int | None, out_dtype: torch.dtype
+    scores: Tensor, scale: float, causal: bool, window: int | None, float_out: bool
 ) -> Tensor:
-    return scores.new_empty(scores.shape, dtype=out_dtype)
+    return scores.new_empty(scores.shape, dtype=torch.float32 if float_out else scores.dtype)
 
 
 def _masked_softmax_bwd_fake(
@@ -111,7 +110,7 @@ def _masked_softmax_bwd_fake(
 
 define(
     "masked_softmax_fwd",
-    "(Tensor scores, float scale, bool causal, SymInt? window, ScalarType out_dtype) -> Tensor",
+    "(Tensor scores, float scale, bool causal, SymInt? window, bool float_out) -> Tensor",
     _masked_softmax_fwd_fake,
 )
 define(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import softmax as reference
-from fastgpt.ops._autograd import needs_grad, once
+from fastgpt.ops._autograd import needs_grad, once, record
 from fastgpt.ops._checks import FLOAT_DTYPES, autocast_dtype, check_float, check_tensor
 from fastgpt.ops._library import define
 from fastgpt.ops._rows import as_rows, from_rows, unit_stride
@@ -50,21 +50,22 @@ def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> T
     last = dim in (-1, rank - 1)
     moved = input if last else input.movedim(dim, -1)
     x = as_rows(moved)
+    float_out = dtype == torch.float32
     backend = dispatch.pick("softmax", input)
     if backend == "reference":
-        y = reference.softmax_fwd(x, dtype)
+        y = reference.softmax_fwd(x, float_out)
     elif needs_grad(input):
-        y = _Softmax.apply(backend, x, dtype)
+        y = record(_Softmax, backend, x, float_out)
     else:
-        y = dispatch.kernel("softmax", backend, "softmax_fwd")(x, dtype)
+        y = dispatch.kernel("softmax", backend, "softmax_fwd")(x, float_out)
     y = from_rows(y, moved)
     return y if last else y.movedim(-1, dim).contiguous()
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        y = dispatch.kernel("softmax", backend, "softmax_fwd")(x, out_dtype)
+    def forward(ctx: Any, backend: str, x: Tensor, float_out: bool) -> Tensor:
+        y = dispatch.kernel("softmax", backend, "softmax_fwd")(x, float_out)
         ctx.save_for_backward(y)
         ctx.backend, ctx.in_dtype = backend, x.dtype
         return y
@@ -78,13 +79,13 @@ class _Softmax(torch.autograd.Function):
         return None, *once("softmax", (dy, y), dx), None
 
 
-def _softmax_fwd_fake(x: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape, dtype=out_dtype)
+def _softmax_fwd_fake(x: Tensor, float_out: bool) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32 if float_out else x.dtype)
 
 
 def _softmax_bwd_fake(dy: Tensor, y: Tensor, in_dtype: torch.dtype) -> Tensor:
     return y.new_empty(y.shape, dtype=in_dtype)
 
 
-define("softmax_fwd", "(Tensor x, ScalarType out_dtype) -> Tensor", _softmax_fwd_fake)
+define("softmax_fwd", "(Tensor x, bool float_out) -> Tensor", _softmax_fwd_fake)
 define("softmax_bwd", "(Tensor dy, Tensor y, ScalarType in_dtype) -> Tensor", _softmax_bwd_fake)

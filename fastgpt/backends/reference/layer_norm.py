@@ -12,9 +12,9 @@ from fastgpt.ops._checks import statistics_dtype
 
 
 def layer_norm_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, float_out: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (r, n) -> y (r, n) in out_dtype, mean (r,) and rstd (r,)."""
+    """x (r, n) -> y (r, n) in its dtype, or in float32, mean (r,) and rstd (r,)."""
     wide = x.to(statistics_dtype(x))
     mean = wide.mean(-1)
     centered = wide - mean[:, None]
@@ -24,7 +24,7 @@ def layer_norm_fwd(
         y = y * weight.to(y.dtype)
     if bias is not None:
         y = y + bias.to(y.dtype)
-    return y.to(out_dtype), mean, rstd
+    return y.to(torch.float32 if float_out else x.dtype), mean, rstd
 
 
 def layer_norm_bwd(
@@ -57,9 +57,9 @@ def add_layer_norm_fwd(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    out_dtype: torch.dtype,
+    float_out: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """s = x + residual rounded to the dtype of x; y = layer_norm(s)."""
     s = x + residual
-    y, mean, rstd = layer_norm_fwd(s, weight, bias, eps, out_dtype)
+    y, mean, rstd = layer_norm_fwd(s, weight, bias, eps, float_out)
     return y, s, mean, rstd

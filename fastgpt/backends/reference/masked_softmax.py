@@ -13,9 +13,9 @@ from fastgpt.ops._checks import statistics_dtype
 
 
 def masked_softmax_fwd(
-    scores: Tensor, scale: float, causal: bool, window: int | None, out_dtype: torch.dtype
+    scores: Tensor, scale: float, causal: bool, window: int | None, float_out: bool
 ) -> Tensor:
-    """scores (r, sq, sk) -> y (r, sq, sk) in out_dtype; a row that sees nothing is 0."""
+    """scores (r, sq, sk) -> y (r, sq, sk), in float32 if asked; a row that sees nothing is 0."""
     visible = _visible(scores, causal, window)
     z = torch.where(visible, scores.to(statistics_dtype(scores)) * scale, -torch.inf)
     # Rows of zero width have no maximum, so the softmax keeps one hidden column of its own.
@@ -25,7 +25,7 @@ def masked_softmax_fwd(
     total = e.sum(-1, keepdim=True)
     y = e / torch.where(total == 0, 1.0, total)
     # 0 already; so that the gradient of a hidden entry, NaN included, is not read.
-    return torch.where(visible, y, 0.0).to(out_dtype)
+    return torch.where(visible, y, 0.0).to(torch.float32 if float_out else scores.dtype)
 
 
 def masked_softmax_bwd(

@@ -8,10 +8,10 @@ from torch import Tensor
 from fastgpt.ops._checks import statistics_dtype
 
 
-def softmax_fwd(x: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """x (r, n) -> y (r, n) in out_dtype."""
+def softmax_fwd(x: Tensor, float_out: bool) -> Tensor:
+    """x (r, n) -> y (r, n) in its dtype, or in float32."""
     wide = x.to(statistics_dtype(x))
-    return torch.softmax(wide, dim=-1).to(out_dtype)
+    return torch.softmax(wide, dim=-1).to(torch.float32 if float_out else x.dtype)
 
 
 def softmax_bwd(dy: Tensor, y: Tensor, in_dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,417 @@
+"""The promises of the package on this machine's CPU: ours and torch, in turn in one process.
+
+    python -m benchmarks.targets [--only PATTERN] [--rounds N] [--json FILE] [--no-compile]
+
+Each row is a ratio, torch's median time over ours, beside what it must reach and what it aims at.
+Exits with 1 if a row that applies to this machine misses its must.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as T
+
+from benchmarks import peers, shapes
+from fastgpt import GPT, GPTConfig
+from fastgpt import functional as F
+from fastgpt.backends import native
+from fastgpt.peer import TorchGPT
+from fastgpt.train import TrainOptions, adamw, training_step
+
+CPU = torch.device("cpu")
+Step = Callable[[], object]
+Pair = tuple[Step, Step]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row: `build` gives our step and torch's; `aim` and `must` are torch's time over ours."""
+
+    what: str
+    must: float
+    aim: float
+    build: Callable[[], Pair]
+    level: str = ""
+    """The ISA level that the promise is made for; on another one the row is for information."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of the table; seconds are medians of one call."""
+
+    what: str
+    must: float
+    aim: float
+    ratio: float
+    ours: float
+    torch: float
+    applies: bool
+
+    @property
+    def holds(self) -> bool:
+        return self.ratio >= self.must or not self.applies
+
+
+def time_of(step: Step, calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - begin) / calls
+
+
+def calls_for(step: Step, seconds: float) -> int:
+    """How many calls take about `seconds`, after one to warm up."""
+    step()
+    once = time_of(step, 1)
+    return max(1, min(10_000, round(seconds / once)))
+
+
+def in_turn(ours: Step, theirs: Step, rounds: int, seconds: float = 0.03) -> tuple[float, float]:
+    """Median seconds of one call of each, the two taking turns."""
+    steps = (ours, theirs)
+    calls = [calls_for(step, seconds) for step in steps]
+    times: tuple[list[float], list[float]] = ([], [])
+    gc.disable()
+    try:
+        for round_ in range(rounds):
+            for which in (0, 1) if round_ % 2 else (1, 0):
+                times[which].append(time_of(steps[which], calls[which]))
+    finally:
+        gc.enable()
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def forward(function: Callable[..., Any], *inputs: Tensor) -> Step:
+    def step() -> object:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return step
+
+
+def backward(function: Callable[..., Tensor], *inputs: Tensor) -> Step:
+    """The backward alone: of one recorded forward, again and again."""
+    leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    out = function(*leaves)
+    dout = torch.randn_like(out)
+    wanted = [x for x in leaves if x.requires_grad]
+    return lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True)
+
+
+def both(function: Callable[..., Tensor], *inputs: Tensor) -> Step:
+    """Forward and backward."""
+    leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    wanted = [x for x in leaves if x.requires_grad]
+
+    def step() -> object:
+        out = function(*leaves)
+        return torch.autograd.grad(out, wanted, torch.ones_like(out))
+
+    return step
+
+
+def attention(
+    s: int, dtype: torch.dtype, kind: Callable[..., Step], peer: str = "torch_sdpa",
+    window: int | None = None, h: int = 12,
+) -> Callable[[], Pair]:  # fmt: skip
+    def build() -> Pair:
+        shape = shapes.Attention("target", 1, h, h, s, 64, window)
+        q, k, v = (torch.randn(1, h, s, 64, dtype=dtype) for _ in range(3))
+        ours = peers.ATTENTION["fastgpt"](shape, CPU)
+        return kind(ours, q, k, v), kind(peers.ATTENTION[peer](shape, CPU), q, k, v)
+
+    return build
+
+
+def rows(
+    ours: Callable[..., Any], theirs: Callable[..., Any], kind: Callable[..., Step],
+    dtype: torch.dtype, r: int, n: int, parameters: int = 0, inputs: int = 1,
+) -> Callable[[], Pair]:  # fmt: skip
+    def build() -> Pair:
+        x = [torch.randn(r, n, dtype=dtype) for _ in range(inputs)]
+        x += [torch.randn(n, dtype=dtype) for _ in range(parameters)]
+        return kind(ours, *x), kind(theirs, *x)
+
+    return build
+
+
+def _layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w, b)
+
+
+def _torch_layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return T.layer_norm(x, x.shape[-1:], w, b)
+
+
+def _add_layer_norm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return F.add_layer_norm(x, residual, x.shape[-1:], w, b)
+
+
+def _torch_add_layer_norm(
+    x: Tensor, residual: Tensor, w: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    s = x + residual
+    return T.layer_norm(s, s.shape[-1:], w, b), s
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return F.softmax(x, -1)
+
+
+def _torch_softmax(x: Tensor) -> Tensor:
+    return T.softmax(x, -1)
+
+
+def _bias_gelu(x: Tensor, b: Tensor) -> Tensor:
+    return F.bias_gelu(x, b)
+
+
+def _torch_bias_gelu(x: Tensor, b: Tensor) -> Tensor:
+    return T.gelu(x + b, approximate="tanh")
+
+
+def masked_softmax(
+    dtype: torch.dtype, kind: Callable[..., Step], s: int, window: int | None
+) -> Callable[[], Pair]:
+    def build() -> Pair:
+        scores = torch.randn(4, s, s, dtype=dtype)
+        visible = peers.band_mask(s, window or s, CPU)
+
+        def theirs(x: Tensor) -> Tensor:
+            return T.softmax((x * 0.125).masked_fill(~visible, float("-inf")), -1)
+
+        def ours(x: Tensor) -> Tensor:
+            return F.masked_softmax(x, scale=0.125, window=window)
+
+        return kind(ours, scores), kind(theirs, scores)
+
+    return build
+
+
+def cross_entropy(dtype: torch.dtype, r: int, v: int) -> Callable[[], Pair]:
+    def build() -> Pair:
+        x, target = torch.randn(r, v, dtype=dtype), torch.randint(v, (r,))
+        return both(F.cross_entropy, x, target), both(T.cross_entropy, x, target)
+
+    return build
+
+
+def linear_cross_entropy(dtype: torch.dtype, r: int, v: int, c: int) -> Callable[[], Pair]:
+    def build() -> Pair:
+        x = torch.randn(r, c, dtype=dtype)
+        weight, target = torch.randn(v, c, dtype=dtype) * c**-0.5, torch.randint(v, (r,))
+
+        def theirs(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            return T.cross_entropy((x @ weight.t()).float(), target)
+
+        return both(F.linear_cross_entropy, x, weight, target), both(theirs, x, weight, target)
+
+    return build
+
+
+def decode(dtype: torch.dtype, b: int, h: int, s: int, window: int | None) -> Callable[[], Pair]:
+    def build() -> Pair:
+        q = torch.randn(b, h, 1, 64, dtype=dtype)
+        k, v = (torch.randn(b, h, s, 64, dtype=dtype) for _ in range(2))
+        lengths = torch.full((b,), s, dtype=torch.int32)
+
+        def ours() -> object:
+            return F.decode_attention(q, k, v, lengths, window=window)
+
+        def theirs() -> object:
+            first = 0 if window is None else s - window
+            return T.scaled_dot_product_attention(q, k[:, :, first:], v[:, :, first:])
+
+        return forward(ours), forward(theirs)
+
+    return build
+
+
+def tiny(kind: str) -> Callable[[], Pair]:
+    def build() -> Pair:
+        x, w, b = torch.randn(1, 768), torch.ones(768), torch.zeros(768)
+        if kind == "forward":
+            return forward(_layer_norm, x, w, b), forward(_torch_layer_norm, x, w, b)
+        x, w, b = x.requires_grad_(), w.requires_grad_(), b.requires_grad_()
+        if kind == "recorded":
+            return lambda: _layer_norm(x, w, b), lambda: _torch_layer_norm(x, w, b)
+        return both(_layer_norm, x, w, b), both(_torch_layer_norm, x, w, b)
+
+    return build
+
+
+def tiny_op(
+    ours: Callable[..., Any], theirs: Callable[..., Any], *sizes: tuple[int, ...]
+) -> Callable[[], Pair]:
+    def build() -> Pair:
+        inputs = [torch.randn(size) for size in sizes]
+        return forward(ours, *inputs), forward(theirs, *inputs)
+
+    return build
+
+
+def training(autocast: bool) -> Callable[[], Pair]:
+    """A step of a GPT-3-style decoder: two layers of GPT-3 Small, a dense and a banded one."""
+
+    def build() -> Pair:
+        torch.manual_seed(0)
+        config = GPTConfig(
+            vocab_size=8192, n_positions=1024, n_layer=2, n_embd=768, n_head=12, window=256
+        )
+        ours = GPT(config)
+        theirs = TorchGPT(config)
+        theirs.load_state_dict(ours.state_dict())
+        options = TrainOptions(batch=1, context=1024)
+        ids = torch.randint(config.vocab_size, (1, 1024))
+
+        def step(model: torch.nn.Module) -> Step:
+            optimizer = adamw(model.train(), options)
+
+            def run() -> object:
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    return training_step(model, optimizer, ids, options)
+
+            return run
+
+        return step(ours), step(theirs)
+
+    return build
+
+
+def targets(compiled: bool) -> Iterator[Target]:
+    f32, bf16 = torch.float32, torch.bfloat16
+    fb = ((forward, "fwd"), (backward, "bwd"))
+    dense = {
+        (512, "fwd"): (1.6, 2.4), (2048, "fwd"): (1.25, 1.5),
+        (512, "bwd"): (1.4, 2.0), (2048, "bwd"): (1.2, 1.5),
+    }  # fmt: skip
+    for (s, way), (must, aim) in dense.items():
+        kind = forward if way == "fwd" else backward
+        yield Target(f"attention dense {way} f32 S={s}", must, aim, attention(s, f32, kind))
+    dense = {
+        (512, "fwd"): (2.5, 4.0), (512, "bwd"): (1.8, 3.0),
+        (2048, "fwd"): (2.2, 3.0), (2048, "bwd"): (1.6, 2.5),
+    }  # fmt: skip
+    for (s, way), (must, aim) in dense.items():
+        kind = forward if way == "fwd" else backward
+        make = attention(s, bf16, kind)
+        yield Target(f"attention dense {way} bf16 S={s}", must, aim, make, "v4_bf16")
+    for dtype, must, aim in ((f32, 14.0, 20.0), (bf16, 18.0, 30.0)):
+        name = "f32" if dtype == f32 else "bf16"
+        level = "" if dtype == f32 else "v4_bf16"
+        make = attention(4096, dtype, forward, window=256)
+        yield Target(f"attention w=256 S=4096 fwd {name} / masked", must, aim, make, level)
+        make = attention(4096, dtype, backward, window=256)
+        yield Target(f"attention w=256 S=4096 bwd {name} / masked", 6.0, 12.0, make)
+    if compiled:
+        for dtype, must, aim in ((f32, 1.4, 2.0), (bf16, 2.0, 4.0)):
+            name = "f32" if dtype == f32 else "bf16"
+            level = "" if dtype == f32 else "v4_bf16"
+            make = attention(4096, dtype, forward, "torch_flex", 256)
+            yield Target(f"attention w=256 S=4096 fwd {name} / flex", must, aim, make, level)
+
+    for dtype in (f32, bf16):
+        name = "f32" if dtype == f32 else "bf16"
+        half = dtype == bf16
+        for r, n in ((1024, 768), (4096, 768), (4096, 2048), (2048, 12288)):
+            for kind, way in fb:
+                must = 1.5 if half else 1.2 if way == "fwd" else 1.1
+                make = rows(_layer_norm, _torch_layer_norm, kind, dtype, r, n, 2)
+                yield Target(f"layer_norm {way} {name} {r}x{n}", must, must, make)
+            make = rows(_add_layer_norm, _torch_add_layer_norm, forward, dtype, r, n, 2, 2)
+            must = 1.5 if half else 1.15
+            yield Target(f"add_layer_norm fwd {name} {r}x{n}", must, must, make)
+            for kind, way in fb:
+                make = rows(_softmax, _torch_softmax, kind, dtype, r, n)
+                yield Target(f"softmax {way} {name} {r}x{n}", 1.1, 1.1, make)
+            for kind, way in fb:
+                make = rows(_bias_gelu, _torch_bias_gelu, kind, dtype, r, n, 1)
+                yield Target(f"bias_gelu {way} {name} {r}x{n}", 1.0, 1.0, make)
+        for kind, way in fb:
+            for window in (None, 256):
+                make = masked_softmax(dtype, kind, 1024, window)
+                what = f"masked_softmax {way} {name} 4x1024x1024 w={window}"
+                must = 3.0 if way == "fwd" else 1.0
+                yield Target(what, must, must, make)
+        for r, v in ((512, 50257), (2048, 4096), (256, 131072)):
+            make = cross_entropy(dtype, r, v)
+            yield Target(f"cross_entropy fwd+bwd {name} {r}x{v}", 1.8, 1.8, make)
+        make = linear_cross_entropy(dtype, 512, 50257, 768)
+        yield Target(f"linear_cross_entropy fwd+bwd {name}", 0.0, 1.0, make)
+        for b, h, s in ((1, 12, 2048), (8, 12, 2048), (1, 96, 2048)):
+            make = decode(dtype, b, h, s, None)
+            yield Target(f"decode {name} b={b} h={h} keys={s}", 1.3, 1.3, make)
+        make = decode(dtype, 4, 12, 2048, 256)
+        yield Target(f"decode {name} b=4 h=12 w=256 / slice", 1.0, 1.3, make)
+
+    third, half_ = 1 / 3, 1 / 2
+    for kind_ in ("forward", "recorded", "forward and backward"):
+        yield Target(f"tiny layer_norm (1, 768) {kind_}", third, half_, tiny(kind_))
+    tinies = {
+        "softmax": (_softmax, _torch_softmax, (1, 768)),
+        "bias_gelu": (_bias_gelu, _torch_bias_gelu, (1, 768), (768,)),
+        "add_layer_norm": (
+            _add_layer_norm, _torch_add_layer_norm, (1, 768), (1, 768), (768,), (768,),
+        ),
+        "attention": (
+            lambda q, k, v: F.attention(q, k, v),
+            lambda q, k, v: T.scaled_dot_product_attention(q, k, v, is_causal=True),
+            (1, 2, 8, 16), (1, 2, 8, 16), (1, 2, 8, 16),
+        ),
+    }  # fmt: skip
+    for name, (ours, theirs, *sizes) in tinies.items():
+        yield Target(f"tiny {name}", third, half_, tiny_op(ours, theirs, *sizes))  # type: ignore[arg-type]
+    yield Target("training step f32", 1.0, 1.5, training(False))
+    yield Target("training step bf16 autocast", 1.15, 1.5, training(True))
+
+
+def measure(target: Target, rounds: int) -> Measured:
+    torch.manual_seed(0)
+    ours, theirs = in_turn(*target.build(), rounds)
+    applies = target.level in ("", native.cpu_isa())
+    return Measured(target.what, target.must, target.aim, theirs / ours, ours, theirs, applies)
+
+
+def line(row: Measured) -> str:
+    mark = "  " if row.holds else "< "
+    if not row.applies:
+        mark = "- "
+    return (
+        f"{mark}{row.what:50s} {row.must:6.2f} {row.aim:6.2f} {row.ratio:7.2f}"
+        f" {row.ours * 1e3:10.3f} {row.torch * 1e3:10.3f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="a regular expression on the name of the row")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-compile", action="store_true")
+    arguments = parser.parse_args()
+    print(f"{'':52s} {'must':>6s} {'aim':>6s} {'ratio':>7s} {'ours ms':>10s} {'torch ms':>10s}")
+    measured = []
+    for target in targets(not arguments.no_compile):
+        if re.search(arguments.only, target.what):
+            measured.append(measure(target, arguments.rounds))
+            print(line(measured[-1]), flush=True)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(row) for row in measured], indent=1))
+    sys.exit(not all(row.holds for row in measured))
+
+
+if __name__ == "__main__":
+    main()
