@@ -18,7 +18,7 @@ __attribute__((noinline)) void differentiate(float* scores, float* dp, const flo
   for (int j = 0; j < nk; ++j) {
     for (int i = 0; i < tile.lanes; i += kLanes) {
       const int64_t at = int64_t{j} * tile.lanes + i;
-      Vec p = exp2(load(scores + at) - load(tile.lse + i));
+      Vec p = exp2_flushed(load(scores + at) - load(tile.lse + i));
       Vec upstream = load(dp + at);
       const Vec weight = p * outer;
       if (factor != nullptr) {

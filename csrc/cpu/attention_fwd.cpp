@@ -49,14 +49,14 @@ void softmax_lanes(float* scores, int nk, int lanes, Lanes& state, int at) {
   for (int j = 0; j < nk; ++j) {
     float* row = scores + j * lanes + at;
     for (int c = 0; c < C; ++c) {
-      const Vec p = exp2(load(row + c * kLanes) - center[c]);
+      const Vec p = exp2_flushed(load(row + c * kLanes) - center[c]);
       total[c] = total[c] + p;
       store(row + c * kLanes, p);
     }
   }
   for (int c = 0; c < C; ++c) {
     const int i = at + c * kLanes;
-    const Vec rescale = exp2(old_max[c] - center[c]);
+    const Vec rescale = exp2_flushed(old_max[c] - center[c]);
     store(state.rescale + i, rescale);
     store(state.sum + i, fma(load(state.sum + i), rescale, total[c]));
     store(state.max + i, highest[c]);

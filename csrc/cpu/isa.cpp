@@ -72,6 +72,9 @@ void cross_entropy_finish(const CrossEntropyFinish& p) {
 void cross_entropy_bwd(const CrossEntropyBwd& p) {
   active().cross_entropy_bwd(p);
 }
+void matrix_product(const MatrixProduct& p) {
+  active().matrix_product(p);
+}
 void add_column_sums(const AddColumnSums& p) {
   active().add_column_sums(p);
 }

@@ -28,6 +28,7 @@ struct CpuKernels {
   void (*cross_entropy_absorb)(const CrossEntropyAbsorb&);
   void (*cross_entropy_finish)(const CrossEntropyFinish&);
   void (*cross_entropy_bwd)(const CrossEntropyBwd&);
+  void (*matrix_product)(const MatrixProduct&);
   void (*add_column_sums)(const AddColumnSums&);
 };
 
@@ -50,6 +51,7 @@ void bias_gelu_bwd_kernel(const BiasGeluBwd& p);
 void cross_entropy_absorb_kernel(const CrossEntropyAbsorb& p);
 void cross_entropy_finish_kernel(const CrossEntropyFinish& p);
 void cross_entropy_bwd_kernel(const CrossEntropyBwd& p);
+void matrix_product_kernel(const MatrixProduct& p);
 void add_column_sums_kernel(const AddColumnSums& p);
 }  // namespace FASTGPT_ISA
 #endif

@@ -2,8 +2,9 @@
 // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds with g = dy * weight, xhat the normalized
 // x.
 //
-// Plan: threads over rows; a row stays in L1 between its passes. dweight and dbias: one partial sum
-// per chunk of rows (a function of r alone), added in ascending order.
+// Plan: items of a few rows; a row is brought to float once and stays in L1 between its passes.
+// dweight and dbias: one partial sum per chunk of rows (a function of r alone), added in ascending
+// order. Results larger than the caches are streamed past them.
 // Bytes: forward reads x and writes y (r n each); add_layer_norm reads two and writes two; backward
 // reads dy, x (and ds) and writes dx. Flops: about 8 n a row forward, 14 n backward: memory-bound.
 // Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
@@ -20,10 +21,10 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
 
-template <typename T, typename Y>
-void normalize_row(const T* x, int64_t n, const float* weight, const float* bias, float eps, Y* y,
-                   float* mean_out, float* rstd_out) {
-  const float sum = sum_vectors(n, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); });
+// y from the row x (n) and the sum of its elements.
+template <typename Y>
+void normalize_row(const float* x, float sum, int64_t n, const float* weight, const float* bias,
+                   float eps, bool streaming, Y* y, float* mean_out, float* rstd_out) {
   const float mean = sum / static_cast<float>(n);
   const Vec center = set1(mean);
   const float square = sum_vectors(n, [&](int64_t i, int lanes) {
@@ -34,11 +35,41 @@ void normalize_row(const T* x, int64_t n, const float* weight, const float* bias
   const Vec scale = set1(rstd);
   for_vectors(n, [&](int64_t i, int lanes) {
     const Vec xhat = (load_lanes(x + i, lanes) - center) * scale;
-    store_lanes(y + i, fma(xhat, load_lanes(weight + i, lanes), load_lanes(bias + i, lanes)),
-                lanes);
+    store_lanes(y + i, fma(xhat, load_lanes(weight + i, lanes), load_lanes(bias + i, lanes)), lanes,
+                streaming);
   });
   *mean_out = mean;
   *rstd_out = rstd;
+}
+
+// The row that is normalized, in `floats` (null where x itself is it), and its sum.
+template <typename T>
+const float* gather_row(const LayerNormFwd& p, int64_t row, bool streaming, float* floats,
+                        float* sum) {
+  const int64_t n = p.x.size[1];
+  const T* x = row_of<T>(p.x, row);
+  const T* residual = p.residual ? row_of<T>(p.residual, row) : nullptr;
+  if (floats == nullptr) {
+    *sum = sum_vectors(n, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); });
+    return reinterpret_cast<const float*>(x);
+  }
+  if (residual == nullptr) {
+    *sum = sum_vectors(n, [&](int64_t i, int lanes) {
+      const Vec v = load_lanes(x + i, lanes);
+      store_lanes(floats + i, v, lanes);
+      return v;
+    });
+    return floats;
+  }
+  T* s = row_of<T>(p.s, row);
+  *sum = sum_vectors(n, [&](int64_t i, int lanes) {
+    const Vec v = rounded_to(T{}, load_lanes(x + i, lanes) + load_lanes(residual + i, lanes));
+    lanes == Vec::width && !streaming ? store_rounded(s + i, v)
+                                      : store_lanes(s + i, v, lanes, streaming);
+    store_lanes(floats + i, v, lanes);
+    return v;
+  });
+  return floats;
 }
 
 template <typename T, typename Y>
@@ -46,20 +77,22 @@ void forward(const LayerNormFwd& p) {
   const int64_t r = p.x.size[0], n = p.x.size[1];
   const FloatParameter weights(p.weight, 1.0f, n), biases(p.bias, 0.0f, n);
   const float *weight = weights.data(), *bias = biases.data();
-  parallel_for(r, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* x = row_of<T>(p.x, row);
-      if (p.residual) {
-        const T* residual = row_of<T>(p.residual, row);
-        T* s = row_of<T>(p.s, row);
-        for_vectors(n, [&](int64_t i, int lanes) {
-          store_lanes(s + i, load_lanes(x + i, lanes) + load_lanes(residual + i, lanes), lanes);
-        });
-        x = s;
-      }
-      normalize_row(x, n, weight, bias, p.eps, row_of<Y>(p.y, row),
+  const bool stream_y = streams(p.y), stream_s = p.s && streams(p.s);
+  const bool copies = sizeof(T) != sizeof(float) || p.residual;
+  const int64_t item_rows = kGrainElements / n + 1;
+  const int64_t items = (r + item_rows - 1) / item_rows;
+  const int workers = worker_count(items);
+  const Scratch scratch(copies ? workers * n * sizeof(float) : 0);
+  parallel_items(items, workers, [&](int64_t item, int worker) {
+    float* floats = copies ? scratch.at() + worker * n : nullptr;
+    const int64_t end = (item + 1) * item_rows < r ? (item + 1) * item_rows : r;
+    for (int64_t row = item * item_rows; row < end; ++row) {
+      float sum;
+      const float* x = gather_row<T>(p, row, stream_s, floats, &sum);
+      normalize_row(x, sum, n, weight, bias, p.eps, stream_y, row_of<Y>(p.y, row),
                     static_cast<float*>(p.mean.data) + row, static_cast<float*>(p.rstd.data) + row);
     }
+    stream_fence();
   });
 }
 

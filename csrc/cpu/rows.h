@@ -31,6 +31,21 @@ FASTGPT_INLINE void store_lanes(T* p, Vec v, int lanes) {
   lanes == Vec::width ? store(p, v) : store(p, v, lanes);
 }
 
+// Whether a result is too large for the caches to keep, and its rows (r, n) may be streamed to
+// memory (whole vectors on their own alignment): a plain store would first read the line that it
+// replaces.
+inline bool streams(const TensorRef& out) {
+  constexpr int64_t kCacheBytes = int64_t{32} << 20;
+  const int64_t bytes = out.dtype == DType::f32 ? 4 : 2;
+  return out.size[0] * out.size[1] * bytes > kCacheBytes && out.stride[0] * bytes % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+}
+
+template <typename T>
+FASTGPT_INLINE void store_lanes(T* p, Vec v, int lanes, bool streaming) {
+  lanes < Vec::width ? store(p, v, lanes) : streaming ? stream(p, v) : store(p, v);
+}
+
 // fold(sum, term) over term(first element, lanes) of [0, n), lanes beyond n standing at fill, in
 // four independent chains.
 template <typename Fold, typename Term>

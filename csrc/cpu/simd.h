@@ -246,22 +246,30 @@ FASTGPT_INLINE void store(float* p, Vec a, int n) {
 #endif
 }
 
-// The bf16 pattern of each lane in its low 16 bits. Not VCVTNEPS2BF16: it flushes subnormals.
-FASTGPT_INLINE NativeUint bf16_bits(Vec a) {
+// The bf16 pattern of each lane in its high 16 bits, over low bits of any kind. Not VCVTNEPS2BF16:
+// it flushes subnormals.
+FASTGPT_INLINE NativeUint bf16_high(Vec a) {
   const NativeUint u = bits_of(a);
-  const NativeUint rounded = (u + (0x7fffu + ((u >> 16) & 1u))) >> 16;
-  const NativeUint quiet = (u >> 16) | 0x40u;
+  const NativeUint rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  const NativeUint quiet = u | 0x400000u;
 #if defined(__AVX512F__)
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return (NativeUint)_mm512_mask_blend_epi32(nan, (__m512i)rounded, (__m512i)quiet);
+#elif defined(__AVX2__)
+  const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
+  return (NativeUint)_mm256_blendv_ps((__m256)rounded, (__m256)quiet, nan);
 #else
   const NativeUint ordered = (NativeUint)(a.v == a.v);
   return (rounded & ordered) | (quiet & ~ordered);
 #endif
 }
 
-FASTGPT_INLINE void store(bf16* p, Vec a) {
-  const NativeUint u = bf16_bits(a);
+// The bf16 pattern of each lane in its low 16 bits.
+FASTGPT_INLINE NativeUint bf16_bits(Vec a) {
+  return bf16_high(a) >> 16;
+}
+
+FASTGPT_INLINE void store_low_halves(bf16* p, NativeUint u) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)u));
 #elif defined(__AVX2__)
@@ -270,6 +278,10 @@ FASTGPT_INLINE void store(bf16* p, Vec a) {
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = bf16{static_cast<uint16_t>(u[i])};
 #endif
+}
+
+FASTGPT_INLINE void store(bf16* p, Vec a) {
+  store_low_halves(p, bf16_bits(a));
 }
 
 FASTGPT_INLINE void store(f16* p, Vec a) {
@@ -282,6 +294,28 @@ FASTGPT_INLINE void store(f16* p, Vec a) {
 #endif
 }
 
+// a as the type of the first argument keeps it.
+FASTGPT_INLINE Vec rounded_to(float, Vec a) {
+  return a;
+}
+FASTGPT_INLINE Vec rounded_to(bf16, Vec a) {
+  return from_bits(bf16_high(a) & 0xffff0000u);
+}
+FASTGPT_INLINE Vec rounded_to(f16, Vec a) {
+  f16 lanes[kLanes];
+  store(lanes, a);
+  return load(lanes);
+}
+
+// Stores what rounded_to has returned.
+template <typename T>
+FASTGPT_INLINE void store_rounded(T* p, Vec a) {
+  store(p, a);
+}
+FASTGPT_INLINE void store_rounded(bf16* p, Vec a) {
+  store_low_halves(p, bits_of(a) >> 16);
+}
+
 template <typename Half>
 FASTGPT_INLINE void store(Half* p, Vec a, int n) {
   Half lanes[kLanes];
@@ -290,6 +324,42 @@ FASTGPT_INLINE void store(Half* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n).m, _mm256_loadu_si256((const __m256i*)lanes));
 #else
   for (int i = 0; i < kLanes && i < n; ++i) p[i] = lanes[i];
+#endif
+}
+
+// ---- stores past the cache, to addresses aligned to the size of what is stored ------------------
+
+FASTGPT_INLINE void stream(float* p, Vec a) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, a.v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, a.v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, a.v);
+#else
+  store(p, a);
+#endif
+}
+
+template <typename Half>
+FASTGPT_INLINE void stream(Half* p, Vec a) {
+#if defined(__AVX2__)
+  alignas(2 * kLanes) Half lanes[kLanes];
+  store(lanes, a);
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)lanes));
+#else
+  _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)lanes));
+#endif
+#else
+  store(p, a);
+#endif
+}
+
+// Makes what was streamed visible to other threads in order with later stores.
+FASTGPT_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 
@@ -339,6 +409,27 @@ FASTGPT_INLINE float reduce_max(Vec a) {
   return x > y ? x : y;
 }
 #endif
+
+// Eight sums at once: out[i] is the sum of the lanes of a[i].
+FASTGPT_INLINE void reduce_add_8(const Vec (&a)[8], float* out) {
+#if defined(__AVX2__)
+  __m256 x[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+#if defined(__AVX512F__)
+    x[i] = _mm256_add_ps(_mm512_castps512_ps256(a[i].v), _mm512_extractf32x8_ps(a[i].v, 1));
+#else
+    x[i] = a[i].v;
+#endif
+  }
+  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                                      _mm256_permute2f128_ps(low, high, 0x31)));
+#else
+  for (int i = 0; i < 8; ++i) out[i] = reduce_add(a[i]);
+#endif
+}
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

@@ -38,6 +38,17 @@ FASTGPT_INLINE Vec scale_by_power(Vec p, Vec n) {
 #endif
 }
 
+// 2^f on [-0.5, 0.5].
+FASTGPT_INLINE Vec exp2_fraction(Vec f) {
+  Vec p = set1(1.5345812e-4f);
+  p = fma(p, f, set1(1.3399931e-3f));
+  p = fma(p, f, set1(9.6184891e-3f));
+  p = fma(p, f, set1(5.5503286e-2f));
+  p = fma(p, f, set1(2.4022646e-1f));
+  p = fma(p, f, set1(6.9314718e-1f));
+  return fma(p, f, set1(1.0f));
+}
+
 FASTGPT_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   // VREDUCEPS gives x - round(x), and 0 for an infinity, so no clamp is needed.
@@ -48,14 +59,26 @@ FASTGPT_INLINE Vec exp2(Vec x) {
   const Vec n = round_nearest(x);
   const Vec f = x - n;
 #endif
-  Vec p = set1(1.5345812e-4f);
-  p = fma(p, f, set1(1.3399931e-3f));
-  p = fma(p, f, set1(9.6184891e-3f));
-  p = fma(p, f, set1(5.5503286e-2f));
-  p = fma(p, f, set1(2.4022646e-1f));
-  p = fma(p, f, set1(6.9314718e-1f));
-  p = fma(p, f, set1(1.0f));
-  return scale_by_power(p, n);
+  return scale_by_power(exp2_fraction(f), n);
+}
+
+// exp2 for x < 127.5 with 0 for all below -126.5, as arithmetic on subnormal numbers is up to 30
+// times slower, here and in what comes after. Half the instructions of exp2 without AVX-512.
+FASTGPT_INLINE Vec exp2_flushed(Vec x) {
+#if defined(__AVX512F__)
+  const Vec f = Vec{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  const Vec n = x - f;
+  // Not below -126, so that NaN passes.
+  const __mmask16 kept = _mm512_cmp_ps_mask(n.v, set1(-126.0f).v, _CMP_NLT_UQ);
+  return Vec{_mm512_maskz_scalef_ps(kept, exp2_fraction(f).v, n.v)};
+#else
+  // Adding the constant leaves round(x) + 127 in the low bits: the exponent of the power of two.
+  const Vec magic = set1(0x1.8p23f + 127.0f);
+  x = max(set1(-127.0f), x);
+  const Vec shifted = x + magic;
+  const Vec f = x - (shifted - magic);
+  return exp2_fraction(f) * from_bits(bits_of(shifted) << 23);
+#endif
 }
 
 FASTGPT_INLINE Vec exp(Vec x) {

@@ -16,63 +16,114 @@ namespace {
 
 constexpr int kRowBlock = 4;
 
+// Rows of consecutive keys; a block never crosses the end of a ring.
 template <typename T>
-FASTGPT_INLINE Vec load_columns(const T* row, int c, int d) {
-  return c + kLanes <= d ? load(row + c) : load(row + c, d - c);
-}
+struct Block {
+  const T* rows;
+  int64_t stride;
+  int n;
+};
 
 template <typename T>
-FASTGPT_INLINE const T* key_at(const Rows& rows, int64_t key) {
-  const int64_t slot = rows.ring == 0 ? key : key % rows.ring;
-  return static_cast<const T*>(rows.data) + slot * rows.stride;
+FASTGPT_INLINE Block<T> block_of(const Rows& rows, KeyRange keys) {
+  const int64_t slot = rows.ring == 0 ? keys.begin : keys.begin % rows.ring;
+  return Block<T>{static_cast<const T*>(rows.data) + slot * rows.stride, rows.stride,
+                  static_cast<int>(keys.end - keys.begin)};
 }
 
-// s (R, kKeyTile) of keys [k0, k0 + nk), times scale; q (R, padded(d)).
+// The keys from `begin` on that make the next block before `end`.
+FASTGPT_INLINE KeyRange next_block(int64_t begin, int64_t end, int64_t ring) {
+  const int64_t wrap = ring == 0 ? end : begin - begin % ring + ring;
+  const int64_t last = wrap < end ? wrap : end;
+  return KeyRange{begin, last - begin < kKeyTile ? last : begin + kKeyTile};
+}
+
+// Asks for a row ahead of its use, while another product keeps the memory idle.
+template <typename T>
+FASTGPT_INLINE void prefetch_row(const T* row, int d) {
+  for (int c = 0; c < d; c += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(row + c);
+}
+
+constexpr int kSums = 8;  // reduced together
+
+// s (R, kKeyTile) of a block of keys, times scale; q (R, padded(d)). Asks for the rows of v.
 template <typename T, int R>
-void score_keys(const float* q, const Rows& k, int64_t k0, int nk, int d, float scale, float* s) {
+void score_keys(const float* q, const Block<T>& k, const Block<T>& v, int d, float scale,
+                float* s) {
+  constexpr int kKeys = kSums / R;
   const int step = padded(d);
-  for (int j = 0; j < nk; ++j) {
-    const T* row = key_at<T>(k, k0 + j);
-    Vec sum[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sum[r] = zero();
-    for (int c = 0; c < d; c += kLanes) {
-      const Vec kv = load_columns(row, c, d);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum[r] = fma(load(q + r * step + c), kv, sum[r]);
+  for (int j = 0; j < k.n; j += kKeys) {
+    const T* row[kKeys];
+#pragma GCC unroll 8
+    for (int i = 0; i < kKeys; ++i) {
+      const int64_t at = j + i < k.n ? j + i : k.n - 1;
+      row[i] = k.rows + at * k.stride;
+      prefetch_row(v.rows + at * v.stride, d);
     }
+    Vec sum[kSums];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i) sum[i] = zero();
+    int c = 0;
+    for (; c + kLanes <= d; c += kLanes) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kKeys; ++i) {
+        const Vec kv = load(row[i] + c);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) s[r * kKeyTile + j] = reduce_add(sum[r]) * scale;
+        for (int r = 0; r < R; ++r) {
+          sum[r * kKeys + i] = fma(load(q + r * step + c), kv, sum[r * kKeys + i]);
+        }
+      }
+    }
+    if (c < d) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kKeys; ++i) {
+        const Vec kv = load(row[i] + c, d - c);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          sum[r * kKeys + i] = fma(load(q + r * step + c), kv, sum[r * kKeys + i]);
+        }
+      }
+    }
+    float sums[kSums];
+    reduce_add_8(sum, sums);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kKeys; ++i) s[r * kKeyTile + j + i] = sums[r * kKeys + i] * scale;
+    }
   }
 }
 
-// o (R rows, `step` apart) = o * rescale + p v, over V vectors of columns from c on.
+// o (R rows, `step` apart) = o * rescale + p v, over V vectors of columns from c on, of which the
+// last may be partial.
 template <typename T, int R, int V>
-void add_values(const float* p, const float* rescale, const Rows& v, int64_t k0, int nk, int d,
-                int c, float* o, int64_t step) {
+void add_values(const float* p, const float* rescale, const Block<T>& v, int d, int c, float* o,
+                int64_t step) {
   Vec sum[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < V; ++i) {
       sum[r][i] = load(o + r * step + c + i * kLanes) * set1(rescale[r]);
     }
   }
-  for (int j = 0; j < nk; ++j) {
-    const T* row = key_at<T>(v, k0 + j);
-    Vec vv[V];
+  const bool whole = c + V * kLanes <= d;
+  for (int j = 0; j < v.n; ++j) {
+    const T* row = v.rows + j * v.stride + c;
+    Vec weight[R];
 #pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) vv[i] = load_columns(row, c + i * kLanes, d);
+    for (int r = 0; r < R; ++r) weight[r] = set1(p[r * kKeyTile + j]);
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i) {
+      const Vec vv =
+          whole || i < V - 1 ? load(row + i * kLanes) : load(row + i * kLanes, d - c - i * kLanes);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec weight = set1(p[r * kKeyTile + j]);
-#pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) sum[r][i] = fma(weight, vv[i], sum[r][i]);
+      for (int r = 0; r < R; ++r) sum[r][i] = fma(weight[r], vv, sum[r][i]);
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < V; ++i) store(o + r * step + c + i * kLanes, sum[r][i]);
   }
 }
@@ -90,7 +141,7 @@ float softmax_row(float* s, int low, int high, int nk, float* m, float* l) {
   const float center = new_max == -kInfinity ? 0.0f : new_max;
   Vec total = zero();
   for (int j = 0; j < nk; j += kLanes) {
-    const Vec p = exp2(load(s + j) - set1(center));
+    const Vec p = exp2_flushed(load(s + j) - set1(center));
     total = total + p;
     store(s + j, p);
   }
@@ -101,31 +152,36 @@ float softmax_row(float* s, int low, int high, int nk, float* m, float* l) {
   return rescale[0];
 }
 
-// R queries (of one or several heads) over the keys [begin, end).
+// R queries (of one or several heads) over a block of keys.
 template <typename T, int R>
 void attend_rows(const Head* heads, int64_t row, const float* q, KeyRange keys, float* partial,
                  float* s) {
   const Head& head = heads[0];
   const int d = head.d, row_step = padded(d);
   const int64_t step = partial_floats(d);
-  const int nk = static_cast<int>(keys.end - keys.begin);
-  score_keys<T, R>(q + row * row_step, head.k, keys.begin, nk, d, head.scale * kLog2E, s);
+  const Block<T> k = block_of<T>(head.k, keys), v = block_of<T>(head.v, keys);
+  score_keys<T, R>(q + row * row_step, k, v, d, head.scale * kLog2E, s);
   float rescale[R];
   float* o = partial + row * step;
   for (int r = 0; r < R; ++r) {
     const KeyRange seen = keys_of_query(head, (row + r) % head.sq);
-    const int low = static_cast<int>(clamp(seen.begin - keys.begin, 0, nk));
-    const int high = static_cast<int>(clamp(seen.end - keys.begin, 0, nk));
+    const int low = static_cast<int>(clamp(seen.begin - keys.begin, 0, k.n));
+    const int high = static_cast<int>(clamp(seen.end - keys.begin, 0, k.n));
     float* state = o + r * step + row_step;
-    rescale[r] = softmax_row(s + r * kKeyTile, low, high, nk, state, state + 1);
+    rescale[r] = softmax_row(s + r * kKeyTile, low, high, k.n, state, state + 1);
   }
+  // As many accumulators as hide the latency of an FMA and fit into the registers.
+  constexpr int kVecs = R == 1 ? 8 : kLanes == 16 ? 4 : 2;
+  const auto add = [&](auto vecs, int c) {
+    add_values<T, R, decltype(vecs)::kValue>(s, rescale, v, d, c, o, step);
+  };
   int c = 0;
-  for (; c + 4 * kLanes <= row_step; c += 4 * kLanes) {
-    add_values<T, R, 4>(s, rescale, head.v, keys.begin, nk, d, c, o, step);
+  for (; c + kVecs * kLanes <= row_step; c += kVecs * kLanes) add(Constant<kVecs>{}, c);
+  if (kVecs > 4 && c + 4 * kLanes <= row_step) {
+    add(Constant<4>{}, c);
+    c += 4 * kLanes;
   }
-  for (; c < row_step; c += kLanes) {
-    add_values<T, R, 1>(s, rescale, head.v, keys.begin, nk, d, c, o, step);
-  }
+  for (; c < row_step; c += kLanes) add(Constant<1>{}, c);
 }
 
 template <typename T>
@@ -164,12 +220,13 @@ void attend_split(const Head* heads, int64_t group, int64_t split_keys, int64_t 
     float* to = q + g * head.sq * padded(d);
     widen_rows(heads[g].q, head.dtype, 0, static_cast<int>(head.sq), d, to, padded(d));
   }
-  for (int64_t k0 = begin; k0 < end; k0 += kKeyTile) {
-    const KeyRange keys = {k0, clamp(end, k0, k0 + kKeyTile)};
-    visit_dtype<bf16, f16>(head.dtype, [&](auto type) {
+  visit_dtype<bf16, f16>(head.dtype, [&](auto type) {
+    for (int64_t k0 = begin; k0 < end;) {
+      const KeyRange keys = next_block(k0, end, head.k.ring);
       attend_keys<typename decltype(type)::type>(heads, rows, q, keys, partial, s);
-    });
-  }
+      k0 = keys.end;
+    }
+  });
 }
 
 void merge_splits(const Head& head, const HeadOut& to, int64_t i, int64_t splits,

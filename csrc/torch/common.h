@@ -152,8 +152,8 @@ inline TensorRef view_unless_empty(const Tensor& t) {
   return t.numel() == 0 ? TensorRef{} : view(t);
 }
 
-// A new contiguous tensor on like's device. By empty_strided of the shim, which allocates on the CPU
-// without a pass through the dispatcher: a third of what new_empty costs.
+// A new contiguous tensor on like's device. By empty_strided of the shim, which allocates on the
+// CPU without a pass through the dispatcher: a third of what new_empty costs.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
   int64_t stride[TensorRef::kMaxDims];
   STD_TORCH_CHECK(size.size() <= TensorRef::kMaxDims, "fastgpt: too many dimensions");
@@ -167,9 +167,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, Sca
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()),
-                                                         size.begin(), stride, code, device, index,
-                                                         &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(size.size()), size.begin(), stride, code, device, index, &handle));
   Tensor t(handle);
   if (device == aoti_torch_device_type_cpu()) {
     prefer_huge_pages(t.data_ptr(), elements * aoti_torch_dtype_element_size(code));

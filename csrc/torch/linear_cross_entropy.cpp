@@ -1,11 +1,9 @@
-// Blocks of classes outside, blocks of rows inside: float32 logits of one block at a time, from
-// torch's matrix product, then the cross-entropy kernels. A block of weight is brought to float32
-// once each way, and its gradient is summed in float32 and rounded once. Scratch is at most about
-// 64 MiB, whatever the number of rows and classes.
+// Blocks of classes outside, blocks of rows inside: float32 logits of one block at a time, which
+// the cross-entropy kernels absorb, or turn into their gradient in place. The gradient of weight is
+// summed in float32 and rounded once a block. Scratch is at most about 64 MiB, whatever the number
+// of rows and classes.
 // Flops: 2 r v c forward, 6 r v c backward (the logits are computed again).
 #include "csrc/ops/linear_cross_entropy.h"
-
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
 
@@ -17,90 +15,74 @@ namespace {
 
 constexpr int64_t kBlockRows = 512;
 constexpr int64_t kBlockClasses = 4096;
-constexpr int64_t kBlockElements = 1 << 22;  // of a block's rows of x or weight, 16 MiB in float32
+constexpr int64_t kBlockElements = 1 << 22;  // of a float32 block of weight, 16 MiB
 
-// How many of the rows of a matrix make a block; the last one may be shorter.
-int64_t block_size(int64_t most, const Tensor& matrix) {
-  const int64_t fitting = std::min(kBlockElements / (matrix.size(1) + 1) + 1, most);
-  return std::max(std::min(fitting, matrix.size(0)), int64_t{1});
+// Rows [first, first + count) of a matrix, or elements of a vector.
+TensorRef rows_of(TensorRef t, int64_t first, int64_t count) {
+  const int64_t bytes = t.dtype == DType::i64 || t.dtype == DType::f64 ? 8
+                        : t.dtype == DType::f32                        ? 4
+                                                                       : 2;
+  t.data = static_cast<char*>(t.data) + first * t.stride[0] * bytes;
+  t.size[0] = count;
+  return t;
 }
 
-int64_t clipped(int64_t first, int64_t block, int64_t end) {
-  return std::min(block, end - first);
+TensorRef transposed(TensorRef t) {
+  std::swap(t.size[0], t.size[1]);
+  std::swap(t.stride[0], t.stride[1]);
+  return t;
 }
 
-Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
-  Tensor whole = t;
-  return torch::stable::narrow(whole, 0, first, count);
-}
-
-// The leading (rows, columns) corner of a block's buffer.
-Tensor corner(const Tensor& buffer, int64_t rows, int64_t columns) {
-  Tensor whole = rows_of(buffer, 0, rows);
-  return torch::stable::narrow(whole, 1, 0, columns);
-}
-
-Tensor transposed(const Tensor& t) {
-  return torch::stable::transpose(t, 0, 1);
-}
-
-// out = a @ b, or out += a @ b. Through the CPU shim, which no autocast region reaches.
-void multiply(const Tensor& a, const Tensor& b, bool add, const Tensor& out) {
-  if (add) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-  }
-}
-
-// Blocks of rows of a matrix in float32: views if that is its dtype, else copies in one buffer.
-class FloatRows {
+// The block of rows and classes under way, and its logits, always in the same buffer.
+class Blocks {
  public:
-  FloatRows(const Tensor& source, int64_t block) : source_(source) {
-    if (narrow()) buffer_ = empty(source, {block, source.size(1)}, ScalarType::Float);
-  }
-
-  Tensor at(int64_t first, int64_t count) const {
-    const Tensor rows = rows_of(source_, first, count);
-    if (!narrow()) return rows;
-    Tensor floats = rows_of(*buffer_, 0, count);
-    return torch::stable::copy_(floats, rows);
-  }
-
- private:
-  bool narrow() const { return source_.scalar_type() != ScalarType::Float; }
-
-  Tensor source_;
-  std::optional<Tensor> buffer_;
-};
-
-// The logits of any block of rows and classes, always in the same buffer.
-class Logits {
- public:
-  Logits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias)
-      : block_rows(block_size(kBlockRows, x)),
-        block_classes(block_size(kBlockClasses, weight)),
-        buffer_(empty(x, {block_rows, block_classes}, ScalarType::Float)) {
-    if (bias.has_value()) bias_ = torch::stable::to(*bias, ScalarType::Float);
-  }
-
-  // x (rows, c) and weight (classes, c) in float32; these classes begin at first_class.
-  Tensor of(const Tensor& x, const Tensor& weight, int64_t first_class) const {
-    const Tensor out = corner(buffer_, x.size(0), weight.size(0));
-    if (bias_.has_value()) {
-      const Tensor bias = rows_of(*bias_, first_class, weight.size(0));
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias.get(), x.get(),
-                                                             transposed(weight).get(), 1.0, 1.0));
-    } else {
-      multiply(x, transposed(weight), false, out);
+  Blocks(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias)
+      : x_(view_input(x, "x", 2)),
+        weight_(view_rows(weight, "weight", x_.dtype, {weight.size(0), x_.size[1]})),
+        rows_(std::max(std::min(kBlockRows, x_.size[0]), int64_t{1})),
+        classes_(std::max(
+            std::min({kBlockElements / (x_.size[1] + 1) + 1, kBlockClasses, weight_.size[0]}),
+            int64_t{1})),
+        buffer_(empty(x, {rows_, classes_}, ScalarType::Float)) {
+    x_.stride[1] = weight_.stride[1] = 1;  // whatever it was where c is 1
+    if (bias.has_value()) {
+      bias_ = torch::stable::to(*bias, ScalarType::Float);
+      view_flat(*bias_, "bias", DType::f32, {weight_.size[0]});
     }
+  }
+
+  // visit(first class, number of classes) for the blocks of classes in ascending order.
+  template <typename Visit>
+  void over_classes(const Visit& visit) const {
+    if (x_.size[0] == 0) return;
+    for (int64_t j = 0; j < weight_.size[0]; j += classes_) {
+      visit(j, std::min(classes_, weight_.size[0] - j));
+    }
+  }
+
+  // visit(first row, number of rows) likewise.
+  template <typename Visit>
+  void over_rows(const Visit& visit) const {
+    for (int64_t i = 0; i < x_.size[0]; i += rows_) visit(i, std::min(rows_, x_.size[0] - i));
+  }
+
+  TensorRef x(int64_t i, int64_t rows) const { return rows_of(x_, i, rows); }
+  TensorRef weight(int64_t j, int64_t classes) const { return rows_of(weight_, j, classes); }
+  int64_t most_classes() const { return classes_; }
+
+  // x (rows, c) weight (classes, c)^T + bias.
+  TensorRef logits(int64_t i, int64_t rows, int64_t j, int64_t classes) const {
+    TensorRef out = view(buffer_);
+    out.size[0] = rows;
+    out.size[1] = classes;
+    const TensorRef bias = bias_.has_value() ? rows_of(view(*bias_), j, classes) : TensorRef{};
+    cpu::matrix_product({x(i, rows), transposed(weight(j, classes)), bias, out, false});
     return out;
   }
 
-  const int64_t block_rows, block_classes;
-
  private:
+  TensorRef x_, weight_;
+  int64_t rows_, classes_;
   Tensor buffer_;
   std::optional<Tensor> bias_;
 };
@@ -110,22 +92,18 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd(Tensor x, Tensor wei
                                                             Tensor target, int64_t ignore_index,
                                                             int64_t reduction,
                                                             double label_smoothing) {
-  const int64_t r = x.size(0), v = weight.size(0);
-  const CrossEntropyOptions options{v, ignore_index, static_cast<Reduction>(reduction),
+  const CrossEntropyOptions options{weight.size(0), ignore_index, static_cast<Reduction>(reduction),
                                     label_smoothing};
-  check_targets(target, r, options);
-  const Logits logits(x, weight, bias);
-  const FloatRows x_rows(x, logits.block_rows), weight_rows(weight, logits.block_classes);
-  std::vector<CrossEntropyRow> rows(r);
-  for (int64_t j = 0; j < v && r > 0; j += logits.block_classes) {
-    const Tensor weight_block = weight_rows.at(j, clipped(j, logits.block_classes, v));
-    for (int64_t i = 0; i < r; i += logits.block_rows) {
-      const int64_t count = clipped(i, logits.block_rows, r);
-      const Tensor block = logits.of(x_rows.at(i, count), weight_block, j);
-      cpu::cross_entropy_absorb(
-          {view(block), view(rows_of(target, i, count)), TensorRef{}, j, options, rows.data() + i});
-    }
-  }
+  check_targets(target, x.size(0), options);
+  const Blocks blocks(x, weight, bias);
+  const TensorRef targets = view(target);
+  std::vector<CrossEntropyRow> rows(x.size(0));
+  blocks.over_classes([&](int64_t j, int64_t classes) {
+    blocks.over_rows([&](int64_t i, int64_t count) {
+      cpu::cross_entropy_absorb({blocks.logits(i, count, j, classes), rows_of(targets, i, count),
+                                 TensorRef{}, j, options, rows.data() + i});
+    });
+  });
   const CrossEntropyResult result = finish(target, TensorRef{}, options, rows.data());
   return {result.loss, result.lse, result.weight_sum};
 }
@@ -138,12 +116,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
   const CrossEntropyOptions options{v, ignore_index, static_cast<Reduction>(reduction),
                                     label_smoothing};
   check_targets(target, r, options);
-  view_dloss(dloss, r, options.reduction);
-  view_flat(lse, "lse", DType::f64, {r});
+  const TensorRef dlosses = view_dloss(dloss, r, options.reduction);
+  const TensorRef lses = view_flat(lse, "lse", DType::f64, {r});
   const TensorRef total = view_flat(weight_sum, "weight_sum", DType::f32, {});
-  const Logits logits(x, weight, bias);
-  const FloatRows x_rows(x, logits.block_rows), weight_rows(weight, logits.block_classes);
-  const bool floats = weight.scalar_type() == ScalarType::Float;
+  const TensorRef targets = view(target);
+  const Blocks blocks(x, weight, bias);
 
   Tensor dx = need_dx ? empty(x, {r, c}, ScalarType::Float) : empty(x, {0});
   Tensor dweight = need_dweight ? empty(weight, {v, c}) : empty(weight, {0});
@@ -151,36 +128,37 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
   torch::stable::zero_(dbias);
   if (r == 0) torch::stable::zero_(dweight);
   std::optional<Tensor> dweight_sum;
-  if (need_dweight && !floats) {
-    dweight_sum = empty(weight, {logits.block_classes, c}, ScalarType::Float);
+  if (need_dweight && weight.scalar_type() != ScalarType::Float) {
+    dweight_sum = empty(weight, {blocks.most_classes(), c}, ScalarType::Float);
   }
 
-  for (int64_t j = 0; j < v && r > 0; j += logits.block_classes) {
-    const int64_t classes = clipped(j, logits.block_classes, v);
-    const Tensor weight_block = weight_rows.at(j, classes);
-    Tensor dweight_block = dweight;
+  blocks.over_classes([&](int64_t j, int64_t classes) {
+    TensorRef dweight_block;
     if (need_dweight) {
-      dweight_block = floats ? rows_of(dweight, j, classes) : rows_of(*dweight_sum, 0, classes);
+      dweight_block = dweight_sum.has_value() ? rows_of(view(*dweight_sum), 0, classes)
+                                              : rows_of(view(dweight), j, classes);
     }
-    for (int64_t i = 0; i < r; i += logits.block_rows) {
-      const int64_t count = clipped(i, logits.block_rows, r);
-      const Tensor x_block = x_rows.at(i, count);
-      const Tensor block = logits.of(x_block, weight_block, j);
-      const Tensor row_dloss =
-          options.reduction == Reduction::none ? rows_of(dloss, i, count) : dloss;
-      const TensorRef in_place = view(block);
-      cpu::cross_entropy_bwd({view(row_dloss), in_place, view(rows_of(target, i, count)),
-                              TensorRef{}, view(rows_of(lse, i, count)), total, in_place, j,
-                              options});
-      if (need_dx) multiply(block, weight_block, j > 0, rows_of(dx, i, count));
-      if (need_dweight) multiply(transposed(block), x_block, i > 0, dweight_block);
-      if (need_dbias) cpu::add_column_sums({in_place, view(rows_of(dbias, j, classes))});
+    blocks.over_rows([&](int64_t i, int64_t count) {
+      const TensorRef block = blocks.logits(i, count, j, classes);
+      const bool each = options.reduction == Reduction::none;
+      cpu::cross_entropy_bwd({each ? rows_of(dlosses, i, count) : dlosses, block,
+                              rows_of(targets, i, count), TensorRef{}, rows_of(lses, i, count),
+                              total, block, j, options});
+      if (need_dx) {
+        cpu::matrix_product(
+            {block, blocks.weight(j, classes), TensorRef{}, rows_of(view(dx), i, count), j > 0});
+      }
+      if (need_dweight) {
+        cpu::matrix_product(
+            {transposed(block), blocks.x(i, count), TensorRef{}, dweight_block, i > 0});
+      }
+      if (need_dbias) cpu::add_column_sums({block, rows_of(view(dbias), j, classes)});
+    });
+    if (dweight_sum.has_value()) {
+      Tensor rounded = torch::stable::narrow(dweight, 0, j, classes);
+      torch::stable::copy_(rounded, torch::stable::narrow(*dweight_sum, 0, 0, classes));
     }
-    if (need_dweight && !floats) {
-      Tensor rounded = rows_of(dweight, j, classes);
-      torch::stable::copy_(rounded, dweight_block);
-    }
-  }
+  });
   if (x.scalar_type() != ScalarType::Float) dx = torch::stable::to(dx, x.scalar_type());
   return {dx, dweight, dbias};
 }
