@@ -21,76 +21,110 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
 
-// y from the row x (n) and the sum of its elements.
-template <typename Y>
+// bf16 rows are split into even and odd elements where input and output both are.
+template <typename T, typename Y>
+constexpr bool kSplits = false;
+template <>
+constexpr bool kSplits<bf16, bf16> = true;
+
+// y from the row x (n) and the sum of its elements. Asks for the row of the input that comes next,
+// and for the lines of y, while it works in L1. x, weight and bias are split where kSplits says so.
+template <typename T, typename Y>
 void normalize_row(const float* x, float sum, int64_t n, const float* weight, const float* bias,
-                   float eps, bool streaming, Y* y, float* mean_out, float* rstd_out) {
+                   float eps, bool streaming, const T* next, Y* y, float* mean_out,
+                   float* rstd_out) {
   const float mean = sum / static_cast<float>(n);
   const Vec center = set1(mean);
   const float square = sum_vectors(n, [&](int64_t i, int lanes) {
     const Vec d = load_lanes(x + i, lanes) - center;
+    __builtin_prefetch(next + i);
+    if (!streaming) __builtin_prefetch(y + i, 1);
     return d * d;
   });
   const float rstd = 1.0f / __builtin_sqrtf(square / static_cast<float>(n) + eps);
   const Vec scale = set1(rstd);
-  for_vectors(n, [&](int64_t i, int lanes) {
+  const auto y_at = [&](int64_t i, int lanes) {
     const Vec xhat = (load_lanes(x + i, lanes) - center) * scale;
-    store_lanes(y + i, fma(xhat, load_lanes(weight + i, lanes), load_lanes(bias + i, lanes)), lanes,
-                streaming);
+    return fma(xhat, load_lanes(weight + i, lanes), load_lanes(bias + i, lanes));
+  };
+  int64_t first = 0;
+  if constexpr (kSplits<T, Y>) {
+    for (; first < split_part(n); first += kTwo) {
+      store_split(y + first, y_at(first, Vec::width), y_at(first + Vec::width, Vec::width),
+                  streaming);
+    }
+  }
+  for_vectors(n - first, [&](int64_t i, int lanes) {
+    store_lanes(y + first + i, y_at(first + i, lanes), lanes, streaming);
   });
   *mean_out = mean;
   *rstd_out = rstd;
 }
 
-// The row that is normalized, in `floats` (null where x itself is it), and its sum.
-template <typename T>
-const float* gather_row(const LayerNormFwd& p, int64_t row, bool streaming, float* floats,
-                        float* sum) {
-  const int64_t n = p.x.size[1];
-  const T* x = row_of<T>(p.x, row);
-  const T* residual = p.residual ? row_of<T>(p.residual, row) : nullptr;
-  if (floats == nullptr) {
-    *sum = sum_vectors(n, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); });
-    return reinterpret_cast<const float*>(x);
+// Gathers a row of x, or of x + residual rounded and stored in s, as floats; returns its sum.
+template <bool kSplit, typename T>
+float gather_row(const T* x, const T* residual, T* s, int64_t n, bool streaming, float* floats) {
+  Vec even_sum = zero(), odd_sum = zero();
+  int64_t first = 0;
+  if constexpr (kSplit) {
+    for (; first < split_part(n); first += kTwo) {
+      Vec even, odd;
+      load_split(x + first, even, odd);
+      if (residual != nullptr) {
+        Vec even_residual, odd_residual;
+        load_split(residual + first, even_residual, odd_residual);
+        even = rounded_to(T{}, even + even_residual);
+        odd = rounded_to(T{}, odd + odd_residual);
+        store_rounded_split(s + first, even, odd, streaming);
+      }
+      store(floats + first, even);
+      store(floats + first + Vec::width, odd);
+      even_sum = even_sum + even;
+      odd_sum = odd_sum + odd;
+    }
   }
-  if (residual == nullptr) {
-    *sum = sum_vectors(n, [&](int64_t i, int lanes) {
-      const Vec v = load_lanes(x + i, lanes);
-      store_lanes(floats + i, v, lanes);
-      return v;
-    });
-    return floats;
-  }
-  T* s = row_of<T>(p.s, row);
-  *sum = sum_vectors(n, [&](int64_t i, int lanes) {
-    const Vec v = rounded_to(T{}, load_lanes(x + i, lanes) + load_lanes(residual + i, lanes));
-    lanes == Vec::width && !streaming ? store_rounded(s + i, v)
-                                      : store_lanes(s + i, v, lanes, streaming);
-    store_lanes(floats + i, v, lanes);
+  const float rest = sum_vectors(n - first, [&](int64_t i, int lanes) {
+    const int64_t at = first + i;
+    Vec v = load_lanes(x + at, lanes);
+    if (residual != nullptr) {
+      v = rounded_to(T{}, v + load_lanes(residual + at, lanes));
+      store_lanes(s + at, v, lanes, streaming);
+    }
+    store_lanes(floats + at, v, lanes);
     return v;
   });
-  return floats;
+  return reduce_add(even_sum + odd_sum) + rest;
 }
 
 template <typename T, typename Y>
 void forward(const LayerNormFwd& p) {
+  constexpr bool kSplit = kSplits<T, Y>;
   const int64_t r = p.x.size[0], n = p.x.size[1];
-  const FloatParameter weights(p.weight, 1.0f, n), biases(p.bias, 0.0f, n);
+  const FloatParameter weights(p.weight, 1.0f, n, kSplit), biases(p.bias, 0.0f, n, kSplit);
   const float *weight = weights.data(), *bias = biases.data();
   const bool stream_y = streams(p.y), stream_s = p.s && streams(p.s);
-  const bool copies = sizeof(T) != sizeof(float) || p.residual;
+  const bool in_place = sizeof(T) == sizeof(float) && !p.residual;
   const int64_t item_rows = kGrainElements / n + 1;
   const int64_t items = (r + item_rows - 1) / item_rows;
   const int workers = worker_count(items);
-  const Scratch scratch(copies ? workers * n * sizeof(float) : 0);
+  const Scratch scratch(in_place ? 0 : workers * n * sizeof(float));
   parallel_items(items, workers, [&](int64_t item, int worker) {
-    float* floats = copies ? scratch.at() + worker * n : nullptr;
     const int64_t end = (item + 1) * item_rows < r ? (item + 1) * item_rows : r;
     for (int64_t row = item * item_rows; row < end; ++row) {
+      const T* x = row_of<T>(p.x, row);
+      const float* floats = reinterpret_cast<const float*>(x);
       float sum;
-      const float* x = gather_row<T>(p, row, stream_s, floats, &sum);
-      normalize_row(x, sum, n, weight, bias, p.eps, stream_y, row_of<Y>(p.y, row),
-                    static_cast<float*>(p.mean.data) + row, static_cast<float*>(p.rstd.data) + row);
+      if (in_place) {
+        sum = sum_vectors(n, [&](int64_t i, int lanes) { return load_lanes(floats + i, lanes); });
+      } else {
+        float* copy = scratch.at() + worker * n;
+        sum = gather_row<kSplit>(x, p.residual ? row_of<T>(p.residual, row) : nullptr,
+                                 p.residual ? row_of<T>(p.s, row) : nullptr, n, stream_s, copy);
+        floats = copy;
+      }
+      normalize_row(floats, sum, n, weight, bias, p.eps, stream_y, row_of<T>(p.x, row + 1),
+                    row_of<Y>(p.y, row), static_cast<float*>(p.mean.data) + row,
+                    static_cast<float*>(p.rstd.data) + row);
     }
     stream_fence();
   });

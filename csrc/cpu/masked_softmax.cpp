@@ -66,7 +66,8 @@ void forward(const MaskedSoftmaxFwd& p) {
       const Keys keys = visible_keys(row % sq, sq, sk, p.band);
       Y* y = query_row<Y>(p.y, row);
       clear_hidden(y, keys, sk);
-      softmax_row(query_row<T>(p.scores, row) + keys.begin, keys.end - keys.begin, p.scale, 0.0f,
+      const T* scores = query_row<T>(p.scores, row) + keys.begin;
+      softmax_row(scores, keys.end - keys.begin, p.scale, 0.0f, scores + p.scores.stride[1], false,
                   y + keys.begin, e, e + sk);
     }
   });
@@ -80,8 +81,10 @@ void backward(const MaskedSoftmaxBwd& p) {
       const Keys keys = visible_keys(row % sq, sq, sk, p.band);
       X* dscores = query_row<X>(p.dscores, row);
       clear_hidden(dscores, keys, sk);
-      softmax_row_bwd(query_row<Y>(p.dy, row) + keys.begin, query_row<Y>(p.y, row) + keys.begin,
-                      keys.end - keys.begin, p.scale, dscores + keys.begin);
+      const Y* dy = query_row<Y>(p.dy, row) + keys.begin;
+      const Y* y = query_row<Y>(p.y, row) + keys.begin;
+      softmax_row_bwd(dy, y, keys.end - keys.begin, p.scale, dy + p.dy.stride[1], y + p.y.stride[1],
+                      false, dscores + keys.begin);
     }
   });
 }

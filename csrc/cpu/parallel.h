@@ -56,7 +56,7 @@ class Scratch {
  public:
   explicit Scratch(size_t bytes)
       : data_(bytes == 0 ? nullptr : ::operator new(bytes, std::align_val_t{64})) {
-    prefer_huge_pages(data_, bytes);
+    prepare_pages(data_, bytes);
   }
   ~Scratch() {
     if (data_ != nullptr) ::operator delete(data_, std::align_val_t{64});

@@ -77,25 +77,45 @@ FASTGPT_INLINE float sum_vectors(int64_t n, const Term& term) {
   return reduce_add(fold_vectors(n, 0.0f, [](Vec a, Vec b) { return a + b; }, term));
 }
 
+constexpr int kTwo = 2 * Vec::width;
+
+// The part of a row of n that comes in whole pairs of vectors.
+FASTGPT_INLINE int64_t split_part(int64_t n) {
+  return n - n % kTwo;
+}
+
 // A parameter vector (n) of any float dtype as floats: in place where it is stored so, else a copy;
-// absent: all equal to fallback.
+// absent: all equal to fallback. With `split` every pair of vectors in split_part(n) is ordered as
+// load_split orders it.
 class FloatParameter {
  public:
-  FloatParameter(const TensorRef& parameter, float fallback, int64_t n)
-      : in_place_(parameter && parameter.dtype == DType::f32
+  FloatParameter(const TensorRef& parameter, float fallback, int64_t n, bool split = false)
+      : in_place_(parameter && parameter.dtype == DType::f32 && !split
                       ? static_cast<const float*>(parameter.data)
                       : nullptr),
         copy_(in_place_ == nullptr ? n * sizeof(float) : 0) {
     if (in_place_ != nullptr) return;
+    float* copy = copy_.at();
     for_vectors(n, [&](int64_t i, int lanes) {
-      store_lanes(copy_.at() + i, widened(parameter, fallback, i, lanes), lanes);
+      store_lanes(copy + i, widened(parameter, fallback, i, lanes), lanes);
     });
+    for (int64_t first = 0; split && first < split_part(n); first += kTwo) {
+      float odd[Vec::width];
+      for (int i = 0; i < Vec::width; ++i) {
+        odd[i] = copy[first + 2 * i + 1];
+        copy[first + i] = copy[first + 2 * i];
+      }
+      store(copy + first + Vec::width, load(odd));
+    }
   }
   const float* data() const { return in_place_ == nullptr ? copy_.at() : in_place_; }
 
  private:
   static Vec widened(const TensorRef& parameter, float fallback, int64_t i, int lanes) {
     if (!parameter) return set1(fallback);
+    if (parameter.dtype == DType::f32) {
+      return load_lanes(static_cast<const float*>(parameter.data) + i, lanes);
+    }
     if (parameter.dtype == DType::bf16) {
       return load_lanes(static_cast<const bf16*>(parameter.data) + i, lanes);
     }

@@ -269,7 +269,8 @@ FASTGPT_INLINE NativeUint bf16_bits(Vec a) {
   return bf16_high(a) >> 16;
 }
 
-FASTGPT_INLINE void store_low_halves(bf16* p, NativeUint u) {
+FASTGPT_INLINE void store(bf16* p, Vec a) {
+  const NativeUint u = bf16_bits(a);
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)u));
 #elif defined(__AVX2__)
@@ -278,10 +279,6 @@ FASTGPT_INLINE void store_low_halves(bf16* p, NativeUint u) {
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = bf16{static_cast<uint16_t>(u[i])};
 #endif
-}
-
-FASTGPT_INLINE void store(bf16* p, Vec a) {
-  store_low_halves(p, bf16_bits(a));
 }
 
 FASTGPT_INLINE void store(f16* p, Vec a) {
@@ -305,15 +302,6 @@ FASTGPT_INLINE Vec rounded_to(f16, Vec a) {
   f16 lanes[kLanes];
   store(lanes, a);
   return load(lanes);
-}
-
-// Stores what rounded_to has returned.
-template <typename T>
-FASTGPT_INLINE void store_rounded(T* p, Vec a) {
-  store(p, a);
-}
-FASTGPT_INLINE void store_rounded(bf16* p, Vec a) {
-  store_low_halves(p, bits_of(a) >> 16);
 }
 
 template <typename Half>
@@ -354,6 +342,29 @@ FASTGPT_INLINE void stream(Half* p, Vec a) {
 #else
   store(p, a);
 #endif
+}
+
+// Two vectors of neighbouring bf16, split into the even and the odd ones: half the instructions of
+// two loads or stores in order.
+FASTGPT_INLINE void load_split(const bf16* p, Vec& even, Vec& odd) {
+  NativeUint u;
+  std::memcpy(&u, p, sizeof(u));
+  even = from_bits(u << 16);
+  odd = from_bits(u & 0xffff0000u);
+}
+
+// Of what rounded_to has returned.
+FASTGPT_INLINE void store_rounded_split(bf16* p, Vec even, Vec odd, bool streaming) {
+  const Vec both = from_bits((bits_of(even) >> 16) | bits_of(odd));
+  if (streaming) {
+    stream(reinterpret_cast<float*>(p), both);
+  } else {
+    std::memcpy(p, &both.v, sizeof(both.v));
+  }
+}
+
+FASTGPT_INLINE void store_split(bf16* p, Vec even, Vec odd, bool streaming) {
+  store_rounded_split(p, rounded_to(bf16{}, even), rounded_to(bf16{}, odd), streaming);
 }
 
 // Makes what was streamed visible to other threads in order with later stores.

@@ -25,23 +25,29 @@ void forward(const SoftmaxFwd& p) {
   const int64_t items = (r + item_rows - 1) / item_rows;
   const int workers = worker_count(items);
   const int64_t floats = n + row_blocks(n);
+  const bool streaming = streams(p.y);
   const Scratch scratch(workers * floats * sizeof(float));
   parallel_items(items, workers, [&](int64_t item, int worker) {
     float* e = scratch.at() + worker * floats;
     const int64_t end = (item + 1) * item_rows < r ? (item + 1) * item_rows : r;
     for (int64_t row = item * item_rows; row < end; ++row) {
-      softmax_row(row_of<T>(p.x, row), n, 1.0f, __builtin_nanf(""), row_of<Y>(p.y, row), e, e + n);
+      softmax_row(row_of<T>(p.x, row), n, 1.0f, __builtin_nanf(""), row_of<T>(p.x, row + 1),
+                  streaming, row_of<Y>(p.y, row), e, e + n);
     }
+    stream_fence();
   });
 }
 
 template <typename Y, typename X>
 void backward(const SoftmaxBwd& p) {
   const int64_t r = p.y.size[0], n = p.y.size[1];
+  const bool streaming = streams(p.dx);
   parallel_for(r, kItemElements / n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      softmax_row_bwd(row_of<Y>(p.dy, row), row_of<Y>(p.y, row), n, 1.0f, row_of<X>(p.dx, row));
+      softmax_row_bwd(row_of<Y>(p.dy, row), row_of<Y>(p.y, row), n, 1.0f, row_of<Y>(p.dy, row + 1),
+                      row_of<Y>(p.y, row + 1), streaming, row_of<X>(p.dx, row));
     }
+    stream_fence();
   });
 }
 

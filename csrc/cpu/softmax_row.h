@@ -22,10 +22,11 @@ inline float exp_below(float x) {
   return exp_below(set1(x)).v[0];
 }
 
-// y = softmax(scale * x). e holds n floats (y itself if that is float), tops one per block. A row
-// of nothing but -inf is all `empty`.
+// y = softmax(scale * x). e holds n floats, tops one per block. A row of nothing but -inf is all
+// `empty`. Asks for the row `next` (n) of the input while it works in L1.
 template <typename T, typename Y>
-void softmax_row(const T* x, int64_t n, float scale, float empty, Y* y, float* e, float* tops) {
+void softmax_row(const T* x, int64_t n, float scale, float empty, const T* next, bool streaming,
+                 Y* y, float* e, float* tops) {
   const Vec factor = set1(scale);
   float top = -kInfinity, sum = 0.0f;
   for (int64_t first = 0; first < n; first += kRowBlock) {
@@ -41,6 +42,7 @@ void softmax_row(const T* x, int64_t n, float scale, float empty, Y* y, float* e
     tops[first / kRowBlock] = offset;
     const Vec shift = set1(-offset);
     sum += sum_vectors(size, [&](int64_t i, int lanes) {
+      __builtin_prefetch(next + first + i);
       const Vec power = exp_below(fma(load_lanes(x + first + i, lanes), factor, shift));
       store_lanes(e + first + i, power, lanes);
       return power;
@@ -54,21 +56,25 @@ void softmax_row(const T* x, int64_t n, float scale, float empty, Y* y, float* e
     const float correction = tops[first / kRowBlock] - (hidden ? 0.0f : top);
     const Vec share = set1(inverse * exp_below(correction));
     for_vectors(size, [&](int64_t i, int lanes) {
-      store_lanes(y + first + i, fma(load_lanes(e + first + i, lanes), share, floor), lanes);
+      store_lanes(y + first + i, fma(load_lanes(e + first + i, lanes), share, floor), lanes,
+                  streaming);
     });
   }
 }
 
-// dx = scale * y * (dy - sum(dy * y)).
+// dx = scale * y * (dy - sum(dy * y)). Asks for the rows next_dy and next_y (n) meanwhile.
 template <typename Y, typename X>
-void softmax_row_bwd(const Y* dy, const Y* y, int64_t n, float scale, X* dx) {
+void softmax_row_bwd(const Y* dy, const Y* y, int64_t n, float scale, const Y* next_dy,
+                     const Y* next_y, bool streaming, X* dx) {
   const Vec dot = set1(sum_vectors(n, [&](int64_t i, int lanes) {
     return load_lanes(dy + i, lanes) * load_lanes(y + i, lanes);
   }));
   const Vec factor = set1(scale);
   for_vectors(n, [&](int64_t i, int lanes) {
     const Vec scaled = load_lanes(y + i, lanes) * factor;
-    store_lanes(dx + i, scaled * (load_lanes(dy + i, lanes) - dot), lanes);
+    __builtin_prefetch(next_dy + i);
+    __builtin_prefetch(next_y + i);
+    store_lanes(dx + i, scaled * (load_lanes(dy + i, lanes) - dot), lanes, streaming);
   });
 }
 

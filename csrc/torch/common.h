@@ -171,7 +171,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, Sca
       static_cast<int64_t>(size.size()), size.begin(), stride, code, device, index, &handle));
   Tensor t(handle);
   if (device == aoti_torch_device_type_cpu()) {
-    prefer_huge_pages(t.data_ptr(), elements * aoti_torch_dtype_element_size(code));
+    prepare_pages(t.data_ptr(), elements * aoti_torch_dtype_element_size(code));
   }
   return t;
 }
