@@ -27,7 +27,8 @@ RUN := $(BIN)/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 WITH_TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
-CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) \
+  $(wildcard tests/*/*.h tests/*/*.cpp)
 
 .PHONY: help demo test bench gpu wheel lint format readme clean
 .DELETE_ON_ERROR:

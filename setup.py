@@ -1,8 +1,8 @@
 """Builds fastgpt: one extension, made by CMake. Metadata lives in pyproject.toml.
 
 Environment: FASTGPT_NATIVE=0 installs pure Python on purpose; FASTGPT_CUDA=0|1 switches the CUDA
-kernels off or insists on them; FASTGPT_CUDA_ARCHS ("80;90") chooses GPU architectures; MAX_JOBS
-limits parallel compilers.
+kernels off or insists on them; FASTGPT_CUDA_ARCHS ("80;90") chooses GPU architectures;
+FASTGPT_SANITIZE names sanitizers (address,undefined); MAX_JOBS limits parallel compilers.
 """
 
 import importlib.util
@@ -88,7 +88,7 @@ class CMakeBuild(build_ext):
             f"-DFASTGPT_TORCH_DIR={Path(str(torch.origin)).parent}",
             f"-DFASTGPT_VERSION={self.distribution.get_version()}",
             f"-DFASTGPT_WITH_CUDA={'ON' if cuda else 'OFF'}",
-            f"-DFASTGPT_SANITIZE={'ON' if os.environ.get('FASTGPT_SANITIZE') == '1' else 'OFF'}",
+            f"-DFASTGPT_SANITIZE={os.environ.get('FASTGPT_SANITIZE', '')}",
             f"-Dpybind11_DIR={Path(str(pybind11.origin)).parent / 'share/cmake/pybind11'}",
         ]  # fmt: skip
         if cuda:

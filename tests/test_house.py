@@ -225,6 +225,14 @@ def test_cmake_is_the_only_list_of_sources_and_flags() -> None:
     assert "-march" not in (ROOT / "setup.py").read_text()
 
 
+def test_the_thread_sanitizer_sees_every_entry_point() -> None:
+    table = (ROOT / "csrc/cpu/isa.cpp").read_text()
+    entry = re.findall(r"(?m)^\w+ (\w+)\(const \w+& p\) \{", table)
+    called = {hit for hits in matches(r"\bcpu::\w+\(", "tests/threads").values() for hit in hits}
+    assert entry
+    assert called == {f"cpu::{name}(" for name in entry}
+
+
 def test_no_open_ends() -> None:
     mark = re.compile(r"\b(TO" + "DO|FIX" + "ME|XX" + r"X)\b")
     for path in tracked():
