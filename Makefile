@@ -28,7 +28,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 WITH_TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) \
-  $(wildcard tests/*/*.h tests/*/*.cpp)
+  $(wildcard tests/*/*.h tests/*/*.cpp benchmarks/*.cpp)
 
 .PHONY: help demo test bench gpu wheel lint format readme clean
 .DELETE_ON_ERROR:
