@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kPanel = kBlockVecs * kLanes;
 constexpr int kPanels = 4;
-constexpr int kDepth = kLanes == 16 ? 128 : 256;  // a panel of b: 24 KiB
+constexpr int kDepth = kLanes == 16 ? 96 : 192;  // a panel of b: 18 KiB
 constexpr int kRows = 64;                         // of a at a time
 constexpr int kItemRows = 256;
 constexpr int kPadding = 16;  // keeps packed rows off the same sets of the cache

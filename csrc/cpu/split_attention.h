@@ -56,10 +56,13 @@ void split_attention(int64_t units, int64_t group, int64_t sq, int64_t capacity,
     attend_split(heads, group, split_keys, item % splits, partials.at() + item * step,
                  memory.at(worker * worker_bytes + heads_bytes));
   });
-  parallel_items(units * rows, workers, [&](int64_t item, int) {
-    const int64_t unit = item / rows, row = item % rows;
-    merge_splits(head(unit, row / sq), out(unit, row / sq), row % sq, splits,
-                 partials.at() + unit * splits * step + row * partial_floats(d), step);
+  constexpr int64_t kGrainFloats = 16384;  // less is merged sooner than a second thread is there
+  parallel_for(units * rows, kGrainFloats / (splits * d) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t unit = item / rows, row = item % rows;
+      merge_splits(head(unit, row / sq), out(unit, row / sq), row % sq, splits,
+                   partials.at() + unit * splits * step + row * partial_floats(d), step);
+    }
   });
 }
 

@@ -7,7 +7,10 @@ namespace fastgpt::binding {
 
 // A new (b, h, s, d) tensor stored as (b, s, h, d).
 inline Tensor token_major(const Tensor& like, int64_t b, int64_t h, int64_t s, int64_t d) {
-  return torch::stable::transpose(empty(like, {b, s, h, d}), 1, 2);
+  const auto some = [](int64_t n) { return n > 0 ? n : 1; };
+  const int64_t row = some(h) * some(d);
+  const int64_t stride[] = {some(s) * row, some(d), row, 1};
+  return empty_strided(like, {b, h, s, d}, stride, like.scalar_type());
 }
 
 // Each of the hk key heads serves the same number of query heads.

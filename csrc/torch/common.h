@@ -152,16 +152,12 @@ inline TensorRef view_unless_empty(const Tensor& t) {
   return t.numel() == 0 ? TensorRef{} : view(t);
 }
 
-// A new contiguous tensor on like's device. By empty_strided of the shim, which allocates on the
-// CPU without a pass through the dispatcher: a third of what new_empty costs.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
-  int64_t stride[TensorRef::kMaxDims];
-  STD_TORCH_CHECK(size.size() <= TensorRef::kMaxDims, "fastgpt: too many dimensions");
+// A new tensor on like's device. By empty_strided of the shim, which allocates on the CPU without a
+// pass through the dispatcher: a third of what new_empty costs.
+inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> size,
+                            const int64_t* stride, ScalarType dtype) {
   int64_t elements = 1;
-  for (size_t i = size.size(); i-- > 0;) {
-    stride[i] = elements > 0 ? elements : 1;
-    elements *= size.begin()[i];
-  }
+  for (const int64_t n : size) elements *= n;
   int32_t device = 0, index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
@@ -174,6 +170,18 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, Sca
     prepare_pages(t.data_ptr(), elements * aoti_torch_dtype_element_size(code));
   }
   return t;
+}
+
+// Contiguous.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  int64_t stride[TensorRef::kMaxDims];
+  STD_TORCH_CHECK(size.size() <= TensorRef::kMaxDims, "fastgpt: too many dimensions");
+  int64_t step = 1;
+  for (size_t i = size.size(); i-- > 0;) {
+    stride[i] = step;
+    step *= size.begin()[i] > 0 ? size.begin()[i] : 1;
+  }
+  return empty_strided(like, size, stride, dtype);
 }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size) {

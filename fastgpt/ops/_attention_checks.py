@@ -25,8 +25,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: Names = NAMES) -> None:
     check_rank(name_k, k, 4, "(b, hk, sk, d)")
     b, h, _, d = q.shape
     _, hk, sk, _ = k.shape
-    check_shape(name_k, k, (b, hk, sk, d), f"(b, hk, sk, d) with b and d of {name_q}")
-    check_shape(name_v, v, (b, hk, sk, d), f"that of {name_k}, (b, hk, sk, d)")
+    shape = (b, hk, sk, d)
+    if k.shape != shape:
+        check_shape(name_k, k, shape, f"(b, hk, sk, d) with b and d of {name_q}")
+    if not isinstance(v, Tensor) or v.shape != shape:
+        check_shape(name_v, v, shape, f"that of {name_k}, (b, hk, sk, d)")
     check_heads(h, hk, d, name_q, name_k)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,15 @@ def record(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def without_grad() -> contextlib.AbstractContextManager[Any]:
+    """torch.no_grad() where it changes something: a backward runs without grad mode, except for
+    `create_graph=True`, and entering no_grad costs as much as a tiny kernel."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 class _Once(torch.autograd.Function):

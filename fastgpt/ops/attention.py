@@ -17,7 +17,7 @@ from fastgpt.ops._attention_checks import (
     distinct,
     empty_token_major,
 )
-from fastgpt.ops._autograd import needs_grad, once, record
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     check_flag,
     check_float,
@@ -342,7 +342,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, out_lo, padding, bias, mask, slopes, seed = ctx.saved_tensors
         need_dbias = ctx.needs_input_grad[4]
         run = dispatch.kernel("attention", ctx.backend, "attention_bwd")
-        with torch.no_grad():
+        with without_grad():
             dq, dk, dv, dbias = run(
                 torch.zeros_like(out) if dout is None else unit_stride(dout),
                 None if dlse is None else dlse.contiguous(),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import bias_gelu as reference
-from fastgpt.ops._autograd import needs_grad, once, record
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import check_float, check_parameter, statistics_dtype
 from fastgpt.ops._library import define
 from fastgpt.ops._rows import as_rows, from_rows, unit_stride
@@ -61,7 +61,7 @@ class _BiasGelu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, bias = ctx.saved_tensors
         need_dbias = ctx.needs_input_grad[2]
-        with torch.no_grad():
+        with without_grad():
             run = dispatch.kernel("bias_gelu", ctx.backend, "bias_gelu_bwd")
             dx, dbias = run(unit_stride(dy), x, bias, ctx.tanh, need_dbias)
             dbias = dbias.to(bias.dtype) if need_dbias else None

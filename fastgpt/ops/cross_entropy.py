@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import cross_entropy as reference
-from fastgpt.ops._autograd import needs_grad, once, record
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_float,
@@ -113,7 +113,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        with torch.no_grad():
+        with without_grad():
             run = dispatch.kernel("cross_entropy", ctx.backend, "cross_entropy_bwd")
             saved = ctx.saved_tensors
             dx = run(dloss.contiguous(), *saved, *ctx.options)

@@ -89,7 +89,8 @@ def decode_attention(
     check_flag("ring", ring)
     if ring:
         _check_ring(k_cache.shape[2], q.shape[2], window)
-    _check_no_grad(q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new)
+    if needs_grad(q, k_cache, v_cache, k_new, v_new):
+        _refuse_grad(q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new)
     if autocast_dtype(q) is not None:
         q = q.to(k_cache.dtype)
         k_new = None if k_new is None else k_new.to(k_cache.dtype)
@@ -137,7 +138,7 @@ def _check_shapes(
     check_rank("q", q, 4, "(b, h, t, d)")
     check_rank("k_cache", k_cache, 4, "(b, hk, capacity, d)")
     b, h, t, d = q.shape
-    hk, capacity = k_cache.shape[1:3]
+    _, hk, capacity, _ = k_cache.shape
     check_shape("k_cache", k_cache, (b, hk, capacity, d), "(b, hk, capacity, d), b and d of q")
     check_shape("v_cache", v_cache, (b, hk, capacity, d), "that of k_cache, (b, hk, capacity, d)")
     check_heads(h, hk, d, "q", "k_cache")
@@ -147,12 +148,12 @@ def _check_shapes(
                 f"{name}: expected a last stride of 1, as it is written in place, "
                 f"got strides {tuple(cache.stride())}"
             )
-    if (k_new is None) != (v_new is None):
+    if k_new is not None and v_new is not None:
+        check_shape("k_new", k_new, (b, hk, t, d), "(b, hk, t, d)")
+        check_shape("v_new", v_new, (b, hk, t, d), "(b, hk, t, d)")
+    elif k_new is not None or v_new is not None:
         missing = "k_new" if k_new is None else "v_new"
         raise ValueError(f"{missing}: expected both k_new and v_new or neither, got None for one")
-    for name, new in (("k_new", k_new), ("v_new", v_new)):
-        if new is not None:
-            check_shape(name, new, (b, hk, t, d), "(b, hk, t, d)")
     for name, counts in (("cache_lengths", cache_lengths), ("cache_start", cache_start)):
         if counts is not None:
             check_shape(name, counts, (b,), "(b,)")
@@ -171,7 +172,7 @@ def _check_ring(capacity: int, t: int, window: int | None) -> None:
         )
 
 
-def _check_no_grad(**tensors: Tensor | None) -> None:
+def _refuse_grad(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if needs_grad(tensor):
             raise ValueError(
@@ -188,9 +189,10 @@ def _check_dtypes(
     caches = (("k_cache", k_cache), ("v_cache", v_cache), ("k_new", k_new), ("v_new", v_new))
     for name, tensor in caches:
         if tensor is not None:
-            check_float(name, tensor)
             check_same_device(name, tensor, "q", q)
-            check_same_dtype(name, tensor, "q", q)
+            if tensor.dtype != q.dtype:
+                check_float(name, tensor)
+                check_same_dtype(name, tensor, "q", q)
 
 
 def _check_contents(cache_lengths: Tensor, capacity: int | None, t_new: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import layer_norm as reference
-from fastgpt.ops._autograd import needs_grad, once, record
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_float,
@@ -216,7 +216,7 @@ def _backward(
     """Gradients of the input, the weight and the bias, whose argument positions are `inputs`."""
     x, weight, bias, mean, rstd = ctx.saved_tensors
     need_dweight, need_dbias = (ctx.needs_input_grad[i] for i in inputs[1:])
-    with torch.no_grad():
+    with without_grad():
         run = dispatch.kernel(op, ctx.backend, "layer_norm_bwd")
         dx, dweight, dbias = run(
             torch.zeros_like(x) if dy is None else unit_stride(dy),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import linear_cross_entropy as reference
-from fastgpt.ops._autograd import needs_grad, once, record
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_float,
@@ -121,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         saved = ctx.saved_tensors
         bias = saved[2]
         needed = ctx.needs_input_grad[1:4]
-        with torch.no_grad():
+        with without_grad():
             run = dispatch.kernel("linear_cross_entropy", ctx.backend, "linear_cross_entropy_bwd")
             grads = run(dloss.contiguous(), *saved, *ctx.options, *needed)
             dx, dweight, dbias = (g if n else None for g, n in zip(grads, needed, strict=True))

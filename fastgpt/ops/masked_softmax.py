@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import masked_softmax as reference
-from fastgpt.ops._autograd import needs_grad, once, record
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_flag,
@@ -85,7 +85,7 @@ class _MaskedSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (y,) = ctx.saved_tensors
-        with torch.no_grad():
+        with without_grad():
             run = dispatch.kernel("masked_softmax", ctx.backend, "masked_softmax_bwd")
             dscores = run(unit_stride(dy), y, *ctx.mask, ctx.in_dtype)
         return None, *once("masked_softmax", (dy, y), dscores), None, None, None, None

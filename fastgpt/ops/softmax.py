@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import softmax as reference
-from fastgpt.ops._autograd import needs_grad, once, record
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import FLOAT_DTYPES, autocast_dtype, check_float, check_tensor
 from fastgpt.ops._library import define
 from fastgpt.ops._rows import as_rows, from_rows, unit_stride
@@ -73,7 +73,7 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (y,) = ctx.saved_tensors
-        with torch.no_grad():
+        with without_grad():
             run = dispatch.kernel("softmax", ctx.backend, "softmax_bwd")
             dx = run(unit_stride(dy), y, ctx.in_dtype)
         return None, *once("softmax", (dy, y), dx), None

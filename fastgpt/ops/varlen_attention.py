@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt.backends.reference import varlen_attention as reference
 from fastgpt.ops._attention_checks import cast_together, check_heads, check_scale, distinct
-from fastgpt.ops._autograd import needs_grad, once, record
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     check_flag,
     check_rank,
@@ -174,7 +174,7 @@ class _VarlenAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         out = saved[3]
         run = dispatch.kernel("varlen_attention", ctx.backend, "varlen_attention_bwd")
-        with torch.no_grad():
+        with without_grad():
             grads = run(
                 torch.zeros_like(out) if dout is None else unit_stride(dout),
                 None if dlse is None else dlse.contiguous(),
