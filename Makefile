@@ -2,7 +2,7 @@
 #
 #   make demo     train a small decoder on real text, let it write, compare with torch
 #   make test     all tests                    make test ARGS="-k layer_norm" for some
-#   make bench    ours beside every peer here  make bench ARGS="-k attention" for some
+#   make bench    ours beside every peer here  make bench ARGS="-k softmax" for some
 #   make gpu      build for the GPU that is here, test on it, measure, benchmarks/results/<gpu>/
 #   make wheel    a wheel in dist/
 #   make lint     ruff, mypy, clang-format
@@ -87,7 +87,7 @@ test: $(VENV)/.packages-cli,test $(VENV)/.kernels
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -p no:benchmark -n $(CORES) --dist worksteal -q $(ARGS)
 
 bench: $(VENV)/.packages-cli,test $(VENV)/.kernels
-	$(RUN) -m pytest benchmarks -q --benchmark-columns=median,stddev,rounds --benchmark-sort=name $(ARGS)
+	$(RUN) -m benchmarks $(ARGS)
 
 gpu:
 	@command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU || \

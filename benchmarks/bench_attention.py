@@ -4,40 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
-import torch
+from torch import Tensor
 
 from benchmarks import peers, shapes
-from benchmarks.conftest import build
-
-SHAPES = shapes.ATTENTION
-PEERS = peers.ATTENTION
+from benchmarks.measure import Counts, Draw, Op
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd_bwd"])
-def bench_attention(
-    shape: shapes.Attention,
-    dtype: torch.dtype,
-    backward: bool,
-    peer: str,
-    device: torch.device,
-    measure: Callable[..., None],
-) -> None:
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(
-            shape.b, heads, shape.s, shape.d, dtype=dtype, device=device, generator=generator
-        )
-        for heads in (shape.h, shape.hk, shape.hk)
-    )
-    plain = PEERS["torch_math"](shape, device)
-    measure(
-        build(PEERS[peer], shape, device),
-        (q, k, v),
-        group=f"attention {shape} {dtype} {'fwd+bwd' if backward else 'fwd'}",
-        backward=backward,
-        reference=plain,
-        low=plain,
-        moved=shape.bytes(dtype, False) + backward * shape.bytes(dtype, True),
-        flops=shape.flops(False) + backward * shape.flops(True),
-    )
+def inputs(shape: shapes.Attention, draw: Draw) -> tuple[Tensor, ...]:
+    heads = (shape.h, shape.hk, shape.hk)
+    return tuple(draw.normal(shape.b, h, shape.s, shape.d) for h in heads)
+
+
+def counts(shape: shapes.Attention, size: int, backward: bool) -> Counts:
+    """q, k, v, out, and two products; backward q, k, v, out, dout, dq, dk, dv, and five."""
+    q, kv = (shape.b * h * shape.s * shape.d for h in (shape.h, shape.hk))
+    product = 2 * shape.b * shape.h * shape.pairs * shape.d
+    if not backward:
+        return Counts((2 * q + 2 * kv) * size, 2 * product)
+    return Counts((6 * q + 6 * kv) * size, 7 * product)
+
+
+OP = Op(
+    shapes.ATTENTION,
+    peers.ATTENTION,
+    inputs,
+    counts,
+    plain="torch_math",
+    exact=peers.exact_attention,
+)
+
+
+def bench_attention(measure: Callable[[], None]) -> None:
+    measure()

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
-import torch
+from torch import Tensor
 
 from benchmarks import peers, shapes
-from benchmarks.conftest import build
-
-SHAPES = shapes.CROSS_ENTROPY
-PEERS = peers.CROSS_ENTROPY
+from benchmarks.measure import Counts, Draw, Op
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd_bwd"])
-def bench_cross_entropy(
-    shape: shapes.Rows,
-    dtype: torch.dtype,
-    backward: bool,
-    peer: str,
-    device: torch.device,
-    measure: Callable[..., None],
-) -> None:
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(shape.r, shape.n, dtype=dtype, device=device, generator=generator)
-    target = torch.randint(shape.n, (shape.r,), device=device, generator=generator)
-    plain = PEERS["torch_eager"]()
-    measure(
-        build(PEERS[peer]),
-        (x, target),
-        group=f"cross_entropy {shape} {dtype} {'fwd+bwd' if backward else 'fwd'}",
-        backward=backward,
-        reference=plain,
-        low=plain,
-        moved=shape.bytes(dtype, 3 if backward else 1),
-    )
+def inputs(shape: shapes.Rows, draw: Draw) -> tuple[Tensor, ...]:
+    return draw.normal(shape.r, shape.n), draw.classes(shape.n, shape.r)
+
+
+def counts(shape: shapes.Rows, size: int, backward: bool) -> Counts:
+    """The logits, the classes, the loss; backward all three as inputs, and the logits' gradient."""
+    logits, classes, loss = shape.r * shape.n * size, 8 * shape.r, size
+    return Counts((3 if backward else 1) * logits + (1 + backward) * (classes + loss))
+
+
+OP = Op(shapes.CROSS_ENTROPY, peers.CROSS_ENTROPY, inputs, counts)
+
+
+def bench_cross_entropy(measure: Callable[[], None]) -> None:
+    measure()

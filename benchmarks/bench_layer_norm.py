@@ -4,37 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
-import torch
+from torch import Tensor
 
 from benchmarks import peers, shapes
-from benchmarks.conftest import build
-
-SHAPES = shapes.LAYER_NORM
-PEERS = peers.LAYER_NORM
+from benchmarks.measure import Counts, Draw, Op
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd_bwd"])
-def bench_layer_norm(
-    shape: shapes.Rows,
-    dtype: torch.dtype,
-    backward: bool,
-    peer: str,
-    device: torch.device,
-    measure: Callable[..., None],
-) -> None:
-    generator = torch.Generator(device).manual_seed(0)
-    x, weight, bias = (
-        torch.randn(size, dtype=dtype, device=device, generator=generator)
-        for size in ((shape.r, shape.n), (shape.n,), (shape.n,))
-    )
-    plain = PEERS["torch_eager"]()
-    measure(
-        build(PEERS[peer]),
-        (x, weight, bias),
-        group=f"layer_norm {shape} {dtype} {'fwd+bwd' if backward else 'fwd'}",
-        backward=backward,
-        reference=plain,
-        low=plain,
-        moved=shape.bytes(dtype, 5 if backward else 2),
-    )
+def inputs(shape: shapes.Rows, draw: Draw) -> tuple[Tensor, ...]:
+    return draw.normal(shape.r, shape.n), draw.normal(shape.n), draw.normal(shape.n)
+
+
+def counts(shape: shapes.Rows, size: int, backward: bool) -> Counts:
+    """x, y, weight, bias; backward x, dy, dx, weight, dweight, dbias."""
+    rows, vectors = (5, 5) if backward else (2, 2)
+    return Counts((rows * shape.r + vectors) * shape.n * size)
+
+
+OP = Op(shapes.LAYER_NORM, peers.LAYER_NORM, inputs, counts)
+
+
+def bench_layer_norm(measure: Callable[[], None]) -> None:
+    measure()

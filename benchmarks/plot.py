@@ -1,66 +1,87 @@
-"""Draw benchmark JSON files: GB/s and TFLOP/s of every peer per shape, the machine's roof dashed.
+"""Draw benchmark JSON files: GB/s or TFLOP/s of every peer per shape, the machine's roof dashed.
 
     python -m benchmarks.plot benchmarks/results/<machine>/*.json [--out FOLDER]
 
-One PNG per op, dtype and direction, named after them, beside the first JSON file or in FOLDER.
+The unit is that of the roof that holds the op back: TFLOP/s where the flops that cannot be avoided
+take longer than the bytes, GB/s elsewhere; a shape that fits in a cache can exceed the latter, as
+the roof is that of memory. One PNG per op with a panel for each dtype and direction, named after
+the op, beside the first JSON file or in FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-GROUP = re.compile(r"(?P<op>\w+) (?P<shape>\S+) torch\.(?P<dtype>\w+) (?P<direction>\S+)")
+from benchmarks.figures import Figure, load
 
 
-def load(paths: list[Path]) -> tuple[dict[str, Any], dict[str, dict[str, dict[str, float]]]]:
-    """The machine, and title -> peer -> shape -> rate (TFLOP/s if flops are known, else GB/s)."""
+def draw_all(paths: list[Path], folder: Path) -> list[Path]:
     machine: dict[str, Any] = {}
-    figures: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    ops: dict[str, list[Figure]] = defaultdict(list)
     for path in paths:
-        document = json.loads(path.read_text())
-        machine = document["machine_info"]
-        for entry in document["benchmarks"]:
-            group = GROUP.fullmatch(entry["group"])
-            if group is None:
-                raise ValueError(f"{path}: the group {entry['group']!r} is not one of ours")
-            info, seconds = entry["extra_info"], entry["stats"]["median"]
-            unit = "TFLOP/s" if info["flops"] else "GB/s"
-            rate = (info["flops"] / 1e12 if info["flops"] else info["bytes"] / 1e9) / seconds
-            title = f"{group['op']} {group['dtype']} {group['direction']}, {unit}"
-            figures[title][entry["params"]["peer"]][group["shape"]] = rate
-    return machine, figures
+        machine, figures = load(path)
+        for figure in figures:
+            ops[figure.op].append(figure)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [draw(op, figures, machine, folder) for op, figures in ops.items()]
 
 
-def draw(
-    title: str, peers: dict[str, dict[str, float]], machine: dict[str, Any], folder: Path
-) -> Path:
-    """Grouped bars, one group per shape, and the roof that was measured in the same run."""
+def draw(op: str, figures: list[Figure], machine: dict[str, Any], folder: Path) -> Path:
+    """A row of panels for each dtype, a column for each direction."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shapes = list(dict.fromkeys(shape for rates in peers.values() for shape in rates))
-    roof = machine["matmul_tflop_per_s" if title.endswith("TFLOP/s") else "copy_gb_per_s"]
-    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(shapes), 4.2), dpi=120)
-    width = 0.8 / len(peers)
-    for index, (peer, rates) in enumerate(peers.items()):
-        places = [i + (index - (len(peers) - 1) / 2) * width for i in range(len(shapes))]
-        axes.bar(places, [rates.get(shape, 0.0) for shape in shapes], width, label=peer)
-    axes.axhline(roof, linestyle="--", color="gray", linewidth=1)
-    axes.set_xticks(range(len(shapes)), shapes, rotation=15, ha="right", fontsize=7)
-    axes.set(ylabel=title.rsplit(", ", 1)[1], title=f"{title}\n{machine['device']}")
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    path = folder / (re.sub(r"\W+", "_", title.rsplit(",", 1)[0]) + ".png")
-    figure.savefig(path)
-    pyplot.close(figure)
+    dtypes, directions, shapes, peers = (
+        list(dict.fromkeys(getattr(f, field) for f in figures))
+        for field in ("dtype", "direction", "shape", "peer")
+    )
+    width = 2.5 + (0.4 + 0.2 * len(peers)) * len(shapes)
+    grid, panels = pyplot.subplots(
+        len(dtypes),
+        len(directions),
+        squeeze=False,
+        figsize=(width * len(directions), 3.4 * len(dtypes) + 0.6),
+        dpi=110,
+        layout="constrained",
+    )
+    for row, dtype in zip(panels, dtypes, strict=True):
+        for axes, direction in zip(row, directions, strict=True):
+            part = [f for f in figures if (f.dtype, f.direction) == (dtype, direction)]
+            _panel(axes, part, shapes, peers, machine)
+            axes.set_title(f"{dtype} {direction}", fontsize=9)
+    grid.suptitle(f"{op}, {machine['device']}, {machine['threads']} threads", fontsize=10)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    grid.legend(handles, labels, loc="outside lower center", ncols=9, frameon=False, fontsize=8)
+    path = folder / f"{op}.png"
+    grid.savefig(path)
+    pyplot.close(grid)
     return path
+
+
+def _panel(
+    axes: Any, figures: list[Figure], shapes: list[str], peers: list[str], machine: dict[str, Any]
+) -> None:
+    """Grouped bars, one group per shape, and the roof that was measured in the same run."""
+    copy = machine["copy_gb_per_s"]
+    product = machine["matmul_tflop_per_s"][figures[0].dtype] if figures else 0.0
+    by_flops = sum(f.flops / 1e12 / (product or 1) - f.bytes / 1e9 / copy for f in figures) > 0
+    rates = {
+        (f.peer, f.shape): (f.flops / 1e12 if by_flops else f.bytes / 1e9) / f.seconds
+        for f in figures
+    }
+    width = 0.8 / len(peers)
+    for index, peer in enumerate(peers):
+        places = [i + (index - (len(peers) - 1) / 2) * width for i in range(len(shapes))]
+        axes.bar(places, [rates.get((peer, s), 0.0) for s in shapes], width, label=peer)
+    axes.axhline(product if by_flops else copy, linestyle="--", color="gray", linewidth=1)
+    axes.set_xticks(range(len(shapes)), shapes, rotation=12, ha="right", fontsize=7)
+    axes.set_ylabel("TFLOP/s" if by_flops else "GB/s", fontsize=8)
+    axes.tick_params(axis="y", labelsize=7)
 
 
 def main() -> None:
@@ -68,11 +89,8 @@ def main() -> None:
     parser.add_argument("json", nargs="+", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    folder = arguments.out or arguments.json[0].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    machine, figures = load(arguments.json)
-    for title, peers in figures.items():
-        print(draw(title, peers, machine, folder))
+    for path in draw_all(arguments.json, arguments.out or arguments.json[0].parent):
+        print(path)
 
 
 if __name__ == "__main__":
