@@ -3,6 +3,7 @@
 #   make demo     train a small decoder on real text, let it write, compare with torch
 #   make test     all tests                    make test ARGS="-k layer_norm" for some
 #   make bench    ours beside every peer here  make bench ARGS="-k softmax" for some
+#   make targets  what is promised of the CPU, against torch and the machine's own limits
 #   make gpu      build for the GPU that is here, test on it, measure, benchmarks/results/<gpu>/
 #   make wheel    a wheel in dist/
 #   make lint     ruff, mypy, clang-format
@@ -30,7 +31,7 @@ SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) \
   $(wildcard tests/*/*.h tests/*/*.cpp benchmarks/*.cpp)
 
-.PHONY: help demo test bench gpu wheel lint format readme clean
+.PHONY: help demo test bench targets gpu wheel lint format readme clean
 .DELETE_ON_ERROR:
 
 help:
@@ -88,6 +89,9 @@ test: $(VENV)/.packages-cli,test $(VENV)/.kernels
 
 bench: $(VENV)/.packages-cli,test $(VENV)/.kernels
 	$(RUN) -m benchmarks $(ARGS)
+
+targets: $(VENV)/.packages-cli,test $(VENV)/.kernels
+	$(RUN) -m benchmarks.targets $(ARGS)
 
 gpu:
 	@command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU || \

@@ -1,9 +1,12 @@
 """The promises of the package on this machine's CPU: ours and torch, in turn in one process.
 
-    python -m benchmarks.targets [--only PATTERN] [--rounds N] [--json FILE] [--no-compile]
+    make targets, or python -m benchmarks.targets [--only PATTERN] [--rounds N] [--no-compile]
 
-Each row is a ratio, torch's median time over ours, beside what it must reach and what it aims at.
-Exits with 1 if a row that applies to this machine misses its must.
+Each row is a ratio, torch's median time over ours, beside what it must reach and what it aims at,
+and our share of what the machine itself can do: useful flops of the rate of bare multiply-adds,
+bytes of the rate of a copy. A whole run is kept as results/<machine>/targets.json. Exits with 1 if
+a row that applies to this machine misses its must; a row marked `-` is promised for another
+instruction set.
 """
 
 from __future__ import annotations
@@ -17,18 +20,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as T
 
-from benchmarks import peers, shapes
+from benchmarks import machine, peers, roofs, shapes
 from fastgpt import GPT, GPTConfig
 from fastgpt import functional as F
 from fastgpt.backends import native
-from fastgpt.peer import TorchGPT
+from fastgpt.peer import TorchGPT, band_mask
 from fastgpt.train import TrainOptions, adamw, training_step
 
 CPU = torch.device("cpu")
@@ -46,6 +48,10 @@ class Target:
     build: Callable[[], Pair]
     level: str = ""
     """The ISA level that the promise is made for; on another one the row is for information."""
+    flops: int = 0
+    """Useful operations of a call, or 0."""
+    bytes: int = 0
+    """Bytes that a call cannot avoid to move, or 0."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Measured:
     ours: float
     torch: float
     applies: bool
+    share: float
+    """Of the machine's own limit, measured in the same run; 0 if none is counted."""
 
     @property
     def holds(self) -> bool:
@@ -136,6 +144,12 @@ def attention(
     return build
 
 
+def useful(s: int, way: str, window: int | None = None) -> int:
+    """Operations of a forward or a backward on visible pairs alone."""
+    products = 5 if way == "bwd" else 2
+    return products * 2 * 12 * 64 * shapes.band_pairs(s, window)
+
+
 def rows(
     ours: Callable[..., Any], theirs: Callable[..., Any], kind: Callable[..., Step],
     dtype: torch.dtype, r: int, n: int, parameters: int = 0, inputs: int = 1,
@@ -188,7 +202,7 @@ def masked_softmax(
 ) -> Callable[[], Pair]:
     def build() -> Pair:
         scores = torch.randn(4, s, s, dtype=dtype)
-        visible = peers.band_mask(s, window or s, CPU)
+        visible = band_mask(s, window or s, CPU)
 
         def theirs(x: Tensor) -> Tensor:
             return T.softmax((x * 0.125).masked_fill(~visible, float("-inf")), -1)
@@ -300,7 +314,9 @@ def targets(compiled: bool) -> Iterator[Target]:
     }  # fmt: skip
     for (s, way), (must, aim) in dense.items():
         kind = forward if way == "fwd" else backward
-        yield Target(f"attention dense {way} f32 S={s}", must, aim, attention(s, f32, kind))
+        make = attention(s, f32, kind)
+        what = f"attention dense {way} f32 S={s}"
+        yield Target(what, must, aim, make, "", useful(s, way))
     dense = {
         (512, "fwd"): (2.5, 4.0), (512, "bwd"): (1.8, 3.0),
         (2048, "fwd"): (2.2, 3.0), (2048, "bwd"): (1.6, 2.5),
@@ -308,14 +324,17 @@ def targets(compiled: bool) -> Iterator[Target]:
     for (s, way), (must, aim) in dense.items():
         kind = forward if way == "fwd" else backward
         make = attention(s, bf16, kind)
-        yield Target(f"attention dense {way} bf16 S={s}", must, aim, make, "v4_bf16")
+        what = f"attention dense {way} bf16 S={s}"
+        yield Target(what, must, aim, make, "v4_bf16", useful(s, way))
     for dtype, must, aim in ((f32, 14.0, 20.0), (bf16, 18.0, 30.0)):
         name = "f32" if dtype == f32 else "bf16"
         level = "" if dtype == f32 else "v4_bf16"
         make = attention(4096, dtype, forward, window=256)
-        yield Target(f"attention w=256 S=4096 fwd {name} / masked", must, aim, make, level)
+        what = f"attention w=256 S=4096 fwd {name} / masked"
+        yield Target(what, must, aim, make, level, useful(4096, "fwd", 256))
         make = attention(4096, dtype, backward, window=256)
-        yield Target(f"attention w=256 S=4096 bwd {name} / masked", 6.0, 12.0, make)
+        what = f"attention w=256 S=4096 bwd {name} / masked"
+        yield Target(what, 6.0, 12.0, make, "", useful(4096, "bwd", 256))
     if compiled:
         for dtype, must, aim in ((f32, 1.4, 2.0), (bf16, 2.0, 4.0)):
             name = "f32" if dtype == f32 else "bf16"
@@ -327,19 +346,25 @@ def targets(compiled: bool) -> Iterator[Target]:
         name = "f32" if dtype == f32 else "bf16"
         half = dtype == bf16
         for r, n in ((1024, 768), (4096, 768), (4096, 2048), (2048, 12288)):
+            size = r * n * dtype.itemsize
             for kind, way in fb:
                 must = 1.5 if half else 1.2 if way == "fwd" else 1.1
                 make = rows(_layer_norm, _torch_layer_norm, kind, dtype, r, n, 2)
-                yield Target(f"layer_norm {way} {name} {r}x{n}", must, must, make)
+                moved = (2 if way == "fwd" else 3) * size
+                what = f"layer_norm {way} {name} {r}x{n}"
+                yield Target(what, must, must, make, "", 0, moved)
             make = rows(_add_layer_norm, _torch_add_layer_norm, forward, dtype, r, n, 2, 2)
             must = 1.5 if half else 1.15
-            yield Target(f"add_layer_norm fwd {name} {r}x{n}", must, must, make)
+            what = f"add_layer_norm fwd {name} {r}x{n}"
+            yield Target(what, must, must, make, "", 0, 4 * size)
             for kind, way in fb:
                 make = rows(_softmax, _torch_softmax, kind, dtype, r, n)
-                yield Target(f"softmax {way} {name} {r}x{n}", 1.1, 1.1, make)
+                moved = (2 if way == "fwd" else 3) * size
+                yield Target(f"softmax {way} {name} {r}x{n}", 1.1, 1.1, make, "", 0, moved)
             for kind, way in fb:
                 make = rows(_bias_gelu, _torch_bias_gelu, kind, dtype, r, n, 1)
-                yield Target(f"bias_gelu {way} {name} {r}x{n}", 1.0, 1.0, make)
+                moved = (2 if way == "fwd" else 3) * size
+                yield Target(f"bias_gelu {way} {name} {r}x{n}", 1.0, 1.0, make, "", 0, moved)
         for kind, way in fb:
             for window in (None, 256):
                 make = masked_softmax(dtype, kind, 1024, window)
@@ -348,12 +373,15 @@ def targets(compiled: bool) -> Iterator[Target]:
                 yield Target(what, must, must, make)
         for r, v in ((512, 50257), (2048, 4096), (256, 131072)):
             make = cross_entropy(dtype, r, v)
-            yield Target(f"cross_entropy fwd+bwd {name} {r}x{v}", 1.8, 1.8, make)
+            moved = 3 * r * v * dtype.itemsize
+            yield Target(f"cross_entropy fwd+bwd {name} {r}x{v}", 1.8, 1.8, make, "", 0, moved)
         make = linear_cross_entropy(dtype, 512, 50257, 768)
-        yield Target(f"linear_cross_entropy fwd+bwd {name}", 0.0, 1.0, make)
+        flops = 6 * 512 * 50257 * 768
+        yield Target(f"linear_cross_entropy fwd+bwd {name}", 0.0, 1.0, make, "", flops)
         for b, h, s in ((1, 12, 2048), (8, 12, 2048), (1, 96, 2048)):
             make = decode(dtype, b, h, s, None)
-            yield Target(f"decode {name} b={b} h={h} keys={s}", 1.3, 1.3, make)
+            moved = 2 * b * h * s * 64 * dtype.itemsize
+            yield Target(f"decode {name} b={b} h={h} keys={s}", 1.3, 1.3, make, "", 0, moved)
         make = decode(dtype, 4, 12, 2048, 256)
         yield Target(f"decode {name} b=4 h=12 w=256 / slice", 1.0, 1.3, make)
 
@@ -378,11 +406,17 @@ def targets(compiled: bool) -> Iterator[Target]:
     yield Target("training step bf16 autocast", 1.15, 1.5, training(True))
 
 
-def measure(target: Target, rounds: int) -> Measured:
+def measure(target: Target, rounds: int, limits: dict[str, float]) -> Measured:
     torch.manual_seed(0)
     ours, theirs = in_turn(*target.build(), rounds)
     applies = target.level in ("", native.cpu_isa())
-    return Measured(target.what, target.must, target.aim, theirs / ours, ours, theirs, applies)
+    share = 0.0
+    if limits and target.flops:
+        share = target.flops / ours / 1e9 / limits["fma_gflops"]
+    elif limits and target.bytes:
+        share = target.bytes / ours / 1e9 / limits["copy_gb_s"]
+    ratio = theirs / ours
+    return Measured(target.what, target.must, target.aim, ratio, ours, theirs, applies, share)
 
 
 def line(row: Measured) -> str:
@@ -392,24 +426,46 @@ def line(row: Measured) -> str:
     return (
         f"{mark}{row.what:50s} {row.must:6.2f} {row.aim:6.2f} {row.ratio:7.2f}"
         f" {row.ours * 1e3:10.3f} {row.torch * 1e3:10.3f}"
+        + (f" {row.share:6.0%}" if row.share else "")
     )
+
+
+def describe(limits: dict[str, float]) -> str:
+    """The limits, beside torch's matrix product, which is none of ours."""
+    rates = [f"{name} {value:.1f}" for name, value in limits.items() if name != "threads"]
+    n = 1024
+    a = torch.randn(n, n)
+    product = 2 * n**3 / min(time_of(lambda: a @ a, 3) for _ in range(5)) / 1e9
+    return ", ".join([*rates, f"torch.mm float32 {product:.1f} GFLOP/s"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="a regular expression on the name of the row")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
-    print(f"{'':52s} {'must':>6s} {'aim':>6s} {'ratio':>7s} {'ours ms':>10s} {'torch ms':>10s}")
+    limits = roofs.cpu_roofs()
+    print(f"{machine.name_of(CPU)}, {native.cpu_isa()}, torch {torch.__version__}")
+    print(describe(limits))
+    columns = ("must", "aim", "ratio", "ours ms", "torch ms", "share")
+    print(" " * 52 + "{:>7s}{:>7s}{:>8s}{:>11s}{:>11s}{:>7s}".format(*columns))
     measured = []
     for target in targets(not arguments.no_compile):
         if re.search(arguments.only, target.what):
-            measured.append(measure(target, arguments.rounds))
+            measured.append(measure(target, arguments.rounds, limits))
             print(line(measured[-1]), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(row) for row in measured], indent=1))
+    if not arguments.only:
+        folder = machine.folder_of(CPU)
+        folder.mkdir(parents=True, exist_ok=True)
+        document = {
+            "machine": machine.name_of(CPU),
+            "level": native.cpu_isa(),
+            "torch": torch.__version__,
+            "limits": limits,
+            "rows": [asdict(row) for row in measured],
+        }
+        (folder / "targets.json").write_text(json.dumps(document, indent=1) + "\n")
     sys.exit(not all(row.holds for row in measured))
 
 
