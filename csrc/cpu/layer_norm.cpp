@@ -35,12 +35,16 @@ void normalize_row(const float* x, float sum, int64_t n, const float* weight, co
                    float* rstd_out) {
   const float mean = sum / static_cast<float>(n);
   const Vec center = set1(mean);
-  const float square = sum_vectors(n, [&](int64_t i, int lanes) {
-    const Vec d = load_lanes(x + i, lanes) - center;
-    __builtin_prefetch(next + i);
-    if (!streaming) __builtin_prefetch(y + i, 1);
-    return d * d;
-  });
+  const float square = sum_vectors(
+      n,
+      [&](int64_t i, int lanes) {
+        const Vec d = load_lanes(x + i, lanes) - center;
+        return d * d;
+      },
+      [&](int64_t i) {
+        prefetch_chunk(next + i);
+        if (!streaming) prefetch_chunk(y + i, true);
+      });
   const float rstd = 1.0f / __builtin_sqrtf(square / static_cast<float>(n) + eps);
   const Vec scale = set1(rstd);
   const auto y_at = [&](int64_t i, int lanes) {
@@ -147,11 +151,24 @@ void backward_row(const LayerNormBwd& p, int64_t row, const float* weight, float
   const auto g_at = [&](int64_t i, int lanes) {
     return load_lanes(dy + i, lanes) * load_lanes(weight + i, lanes);
   };
+  constexpr int kChains = 2;  // of each sum: as many as the registers of AVX2 hold
+  Vec sum_g[kChains] = {zero(), zero()}, sum_gx[kChains] = {zero(), zero()};
+  const auto accumulate = [&](int chain, int64_t i, int lanes) {
+    const Vec g = g_at(i, lanes);
+    const Vec xhat = lanes == Vec::width ? xhat_at(i, lanes)
+                                         : select(first_lanes(lanes), xhat_at(i, lanes), zero());
+    sum_g[chain] = sum_g[chain] + g;
+    sum_gx[chain] = fma(g, xhat, sum_gx[chain]);
+  };
+  int64_t first = 0;
+  for (; first + kTwo <= n; first += kTwo) {
+    accumulate(0, first, Vec::width);
+    accumulate(1, first + Vec::width, Vec::width);
+  }
+  for_vectors(n - first, [&](int64_t i, int lanes) { accumulate(0, first + i, lanes); });
   const float inverse_n = 1.0f / static_cast<float>(n);
-  const Vec mean_g = set1(sum_vectors(n, g_at) * inverse_n);
-  const float sum_gx =
-      sum_vectors(n, [&](int64_t i, int lanes) { return g_at(i, lanes) * xhat_at(i, lanes); });
-  const Vec mean_gx = set1(sum_gx * inverse_n);
+  const Vec mean_g = set1(reduce_add(sum_g[0] + sum_g[1]) * inverse_n);
+  const Vec mean_gx = set1(reduce_add(sum_gx[0] + sum_gx[1]) * inverse_n);
   for_vectors(n, [&](int64_t i, int lanes) {
     const Vec xhat = xhat_at(i, lanes);
     Vec d = rstd * ((g_at(i, lanes) - mean_g) - xhat * mean_gx);

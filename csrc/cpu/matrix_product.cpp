@@ -19,7 +19,7 @@ namespace {
 constexpr int kPanel = kBlockVecs * kLanes;
 constexpr int kPanels = 4;
 constexpr int kDepth = kLanes == 16 ? 96 : 192;  // a panel of b: 18 KiB
-constexpr int kRows = 64;                         // of a at a time
+constexpr int kRows = 64;                        // of a at a time
 constexpr int kItemRows = 256;
 constexpr int kPadding = 16;  // keeps packed rows off the same sets of the cache
 constexpr int kCopyStep = (kRows > kDepth ? kRows : kDepth) + kPadding;

@@ -13,10 +13,31 @@ FASTGPT_INLINE T* row_of(const TensorRef& t, int64_t row) {
   return static_cast<T*>(t.data) + row * t.stride[0];
 }
 
+// Loops over a row go in chunks of a few vectors, with one call of ahead(first element) a chunk:
+// what fetches the memory that the next loop needs.
+constexpr int kChunk = 4 * Vec::width;
+
+struct NothingAhead {
+  FASTGPT_INLINE void operator()(int64_t) const {}
+};
+
+// Asks for a chunk of a row.
+template <typename T>
+FASTGPT_INLINE void prefetch_chunk(const T* p, bool to_write = false) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+  for (int i = 0; i < kChunk; i += kLine) {
+    to_write ? __builtin_prefetch(p + i, 1) : __builtin_prefetch(p + i);
+  }
+}
+
 // body(first element, lanes) over [0, n): whole vectors with lanes == Vec::width, then the rest.
-template <typename F>
-FASTGPT_INLINE void for_vectors(int64_t n, const F& body) {
+template <typename F, typename Ahead = NothingAhead>
+FASTGPT_INLINE void for_vectors(int64_t n, const F& body, const Ahead& ahead = {}) {
   int64_t i = 0;
+  for (; i + kChunk <= n; i += kChunk) {
+    ahead(i);
+    for (int c = 0; c < kChunk; c += Vec::width) body(i + c, Vec::width);
+  }
   for (; i + Vec::width <= n; i += Vec::width) body(i, Vec::width);
   if (i < n) body(i, static_cast<int>(n - i));
 }
@@ -48,14 +69,15 @@ FASTGPT_INLINE void store_lanes(T* p, Vec v, int lanes, bool streaming) {
 
 // fold(sum, term) over term(first element, lanes) of [0, n), lanes beyond n standing at fill, in
 // four independent chains.
-template <typename Fold, typename Term>
-FASTGPT_INLINE Vec fold_vectors(int64_t n, float fill, const Fold& fold, const Term& term) {
-  constexpr int kChains = 4;
+template <typename Fold, typename Term, typename Ahead>
+FASTGPT_INLINE Vec fold_vectors(int64_t n, float fill, const Fold& fold, const Term& term,
+                                const Ahead& ahead) {
   const Vec start = set1(fill);
-  Vec chain[kChains] = {start, start, start, start};
+  Vec chain[4] = {start, start, start, start};
   int64_t i = 0;
-  for (; i + kChains * Vec::width <= n; i += kChains * Vec::width) {
-    for (int c = 0; c < kChains; ++c) {
+  for (; i + kChunk <= n; i += kChunk) {
+    ahead(i);
+    for (int c = 0; c < 4; ++c) {
       chain[c] = fold(chain[c], term(i + c * Vec::width, Vec::width));
     }
   }
@@ -69,12 +91,13 @@ FASTGPT_INLINE Vec fold_vectors(int64_t n, float fill, const Fold& fold, const T
 
 template <typename Term>
 FASTGPT_INLINE float max_vectors(int64_t n, const Term& term) {
-  return reduce_max(fold_vectors(n, -kInfinity, [](Vec a, Vec b) { return max(a, b); }, term));
+  return reduce_max(
+      fold_vectors(n, -kInfinity, [](Vec a, Vec b) { return max(a, b); }, term, NothingAhead{}));
 }
 
-template <typename Term>
-FASTGPT_INLINE float sum_vectors(int64_t n, const Term& term) {
-  return reduce_add(fold_vectors(n, 0.0f, [](Vec a, Vec b) { return a + b; }, term));
+template <typename Term, typename Ahead = NothingAhead>
+FASTGPT_INLINE float sum_vectors(int64_t n, const Term& term, const Ahead& ahead = {}) {
+  return reduce_add(fold_vectors(n, 0.0f, [](Vec a, Vec b) { return a + b; }, term, ahead));
 }
 
 constexpr int kTwo = 2 * Vec::width;

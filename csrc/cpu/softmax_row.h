@@ -41,12 +41,14 @@ void softmax_row(const T* x, int64_t n, float scale, float empty, const T* next,
     const float offset = top == -kInfinity ? 0.0f : top;
     tops[first / kRowBlock] = offset;
     const Vec shift = set1(-offset);
-    sum += sum_vectors(size, [&](int64_t i, int lanes) {
-      __builtin_prefetch(next + first + i);
-      const Vec power = exp_below(fma(load_lanes(x + first + i, lanes), factor, shift));
-      store_lanes(e + first + i, power, lanes);
-      return power;
-    });
+    sum += sum_vectors(
+        size,
+        [&](int64_t i, int lanes) {
+          const Vec power = exp_below(fma(load_lanes(x + first + i, lanes), factor, shift));
+          store_lanes(e + first + i, power, lanes);
+          return power;
+        },
+        [&](int64_t i) { prefetch_chunk(next + first + i); });
   }
   const bool hidden = sum == 0.0f;
   const float inverse = hidden ? 0.0f : 1.0f / sum;
@@ -70,12 +72,16 @@ void softmax_row_bwd(const Y* dy, const Y* y, int64_t n, float scale, const Y* n
     return load_lanes(dy + i, lanes) * load_lanes(y + i, lanes);
   }));
   const Vec factor = set1(scale);
-  for_vectors(n, [&](int64_t i, int lanes) {
-    const Vec scaled = load_lanes(y + i, lanes) * factor;
-    __builtin_prefetch(next_dy + i);
-    __builtin_prefetch(next_y + i);
-    store_lanes(dx + i, scaled * (load_lanes(dy + i, lanes) - dot), lanes, streaming);
-  });
+  for_vectors(
+      n,
+      [&](int64_t i, int lanes) {
+        const Vec scaled = load_lanes(y + i, lanes) * factor;
+        store_lanes(dx + i, scaled * (load_lanes(dy + i, lanes) - dot), lanes, streaming);
+      },
+      [&](int64_t i) {
+        prefetch_chunk(next_dy + i);
+        prefetch_chunk(next_y + i);
+      });
 }
 
 }  // namespace FASTGPT_ISA
