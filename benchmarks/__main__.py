@@ -18,7 +18,7 @@ from benchmarks import figures, machine, plot
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = (
     "-q --compile --tb=short --show-capture=no --disable-warnings --benchmark-quiet"
-    " --benchmark-disable-gc --benchmark-min-rounds=3 --benchmark-max-time=0.25"
+    " --benchmark-disable-gc --benchmark-min-rounds=3 --benchmark-max-time=0.2"
 ).split()
 
 

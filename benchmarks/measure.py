@@ -153,27 +153,26 @@ def check_error(got: Tensor, ref: Tensor, low: Callable[[], Tensor]) -> None:
 
 @dataclass
 class History:
-    """What calls of smaller shapes took, from which those of larger ones are foreseen."""
+    """What calls of earlier shapes took, from which those of larger ones are foreseen."""
 
-    seen: dict[tuple[str, torch.dtype, str], tuple[str, int, float]] = field(default_factory=dict)
+    seen: dict[tuple[str, torch.dtype, str], tuple[str, Counts, float]] = field(
+        default_factory=dict
+    )
 
     def add(self, case: Case, peer: str, seconds: float) -> None:
-        self.seen[case.name, case.dtype, peer] = str(case.shape), _work(case), seconds
+        self.seen[case.name, case.dtype, peer] = str(case.shape), case.counts, seconds
 
     def foresee(self, case: Case, peer: str) -> str | None:
-        """Why the peer need not be tried: what an earlier shape took, by the ratio of the work."""
+        """Why the peer need not be tried: its last call, scaled by bytes or flops, the smaller."""
         key = case.name, case.dtype, peer
         if key not in self.seen:
             return None
-        shape, work, seconds = self.seen[key]
-        seconds *= _work(case) / work
-        if _work(case) < work or seconds < 2 * TOO_SLOW:
+        shape, counts, seconds = self.seen[key]
+        pairs = zip(case.counts, counts, strict=True)
+        seconds *= min(now / before for now, before in pairs if before)
+        if seconds < 2 * TOO_SLOW:
             return None
-        return f"too slow here: about {seconds:.0f} s a call, judged by {shape} ({peer}, {case})"
-
-
-def _work(case: Case) -> int:
-    return case.counts.flops or case.counts.bytes
+        return f"too slow here: {seconds:.0f} s a call or more, by that of {shape} ({peer}, {case})"
 
 
 def prepare(case: Case, peer: str, history: History) -> Callable[[], None]:

@@ -2,10 +2,9 @@
 
     python -m benchmarks.plot benchmarks/results/<machine>/*.json [--out FOLDER]
 
-The unit is that of the roof that holds the op back: TFLOP/s where the flops that cannot be avoided
-take longer than the bytes, GB/s elsewhere; a shape that fits in a cache can exceed the latter, as
-the roof is that of memory. One PNG per op with a panel for each dtype and direction, named after
-the op, beside the first JSON file or in FOLDER.
+The unit is TFLOP/s where more than ten flops to a byte cannot be avoided, GB/s elsewhere; a shape
+that fits in a cache can exceed the roof of the latter, which is that of memory. One PNG per op with
+a panel for each dtype and direction, named after the op, beside the first JSON file or in FOLDER.
 """
 
 from __future__ import annotations
@@ -67,9 +66,10 @@ def _panel(
     axes: Any, figures: list[Figure], shapes: list[str], peers: list[str], machine: dict[str, Any]
 ) -> None:
     """Grouped bars, one group per shape, and the roof that was measured in the same run."""
-    copy = machine["copy_gb_per_s"]
-    product = machine["matmul_tflop_per_s"][figures[0].dtype] if figures else 0.0
-    by_flops = sum(f.flops / 1e12 / (product or 1) - f.bytes / 1e9 / copy for f in figures) > 0
+    by_flops = sum(f.flops for f in figures) > 10 * sum(f.bytes for f in figures)
+    roof = machine["copy_gb_per_s"]
+    if by_flops:
+        roof = machine["matmul_tflop_per_s"][figures[0].dtype]
     rates = {
         (f.peer, f.shape): (f.flops / 1e12 if by_flops else f.bytes / 1e9) / f.seconds
         for f in figures
@@ -78,7 +78,7 @@ def _panel(
     for index, peer in enumerate(peers):
         places = [i + (index - (len(peers) - 1) / 2) * width for i in range(len(shapes))]
         axes.bar(places, [rates.get((peer, s), 0.0) for s in shapes], width, label=peer)
-    axes.axhline(product if by_flops else copy, linestyle="--", color="gray", linewidth=1)
+    axes.axhline(roof, linestyle="--", color="gray", linewidth=1)
     axes.set_xticks(range(len(shapes)), shapes, rotation=12, ha="right", fontsize=7)
     axes.set_ylabel("TFLOP/s" if by_flops else "GB/s", fontsize=8)
     axes.tick_params(axis="y", labelsize=7)

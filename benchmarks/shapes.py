@@ -145,7 +145,6 @@ class Projection:
 
 ATTENTION = {
     "cpu": [
-        Attention("demo", 4, 4, 4, 512, 64, window=128),
         Attention("demo", 4, 4, 4, 512, 64),
         Attention("gpt3_small", 1, 12, 12, 2048, 64),
         Attention("long_band", 1, 2, 2, 4096, 64, window=256),

@@ -300,7 +300,7 @@ def test_a_slow_peer_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     op, history = planted(slow), History()
     with pytest.raises(pytest.skip.Exception, match=r"too slow here: .* s a call \(peer, planted"):
         prepare(planted_case(op, n=30), "peer", history)
-    with pytest.raises(pytest.skip.Exception, match=r"judged by small-r3-n30 \(peer, planted"):
+    with pytest.raises(pytest.skip.Exception, match=r"by that of small-r3-n30 \(peer, planted"):
         prepare(planted_case(op, n=300), "peer", history)
     prepare(planted_case(op, n=3), "peer", history)()  # less work is tried
     prepare(planted_case(op, n=300), "torch_eager", history)()  # and so are the others
