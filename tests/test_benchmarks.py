@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -361,13 +362,15 @@ def test_machine_has_a_name_for_its_folder() -> None:
 def test_a_run_of_pytest_writes_such_a_file(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "benchmarks.json"
+    # A worker of xdist tells its children, where pytest-benchmark then measures nothing.
+    alone = {key: value for key, value in os.environ.items() if "XDIST" not in key}
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "benchmarks/bench_softmax.py", "-q", "--device=cpu",
             "-k", "scores and float32 and (fastgpt or eager or compile) and not fwd_bwd",
             "--benchmark-max-time=0.01", f"--benchmark-json={path}", "-p", "no:cacheprovider",
         ],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT, env=alone, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "compiles at run time; measured with --compile" in done.stdout
