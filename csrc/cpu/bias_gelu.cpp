@@ -60,15 +60,17 @@ void forward(const BiasGeluFwd& p) {
   const int64_t r = p.x.size[0], n = p.x.size[1];
   const FloatParameter biases(p.bias, 0.0f, n);
   const float* bias = biases.data();
+  const bool streaming = streams(p.y);
   parallel_for(r, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = row_of<T>(p.x, row);
       T* y = row_of<T>(p.y, row);
       for_vectors(n, [&](int64_t i, int lanes) {
         const Vec z = load_lanes(x + i, lanes) + load_lanes(bias + i, lanes);
-        store_lanes(y + i, gelu<kTanh>(z), lanes);
+        store_lanes(y + i, gelu<kTanh>(z), lanes, streaming);
       });
     }
+    stream_fence();
   });
 }
 
@@ -83,6 +85,7 @@ void backward(const BiasGeluBwd& p) {
   const float* bias = biases.data();
   const Scratch scratch((p.dbias ? chunks : 0) * n * sizeof(float));
   float* partial = scratch.at();
+  const bool streaming = streams(p.dx);
   parallel_for(chunks, kGrainElements / (n * chunk_rows) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* dbias = p.dbias ? partial + chunk * n : nullptr;
@@ -95,11 +98,12 @@ void backward(const BiasGeluBwd& p) {
         for_vectors(n, [&](int64_t i, int lanes) {
           const Vec z = load_lanes(x + i, lanes) + load_lanes(bias + i, lanes);
           const Vec dz = load_lanes(dy + i, lanes) * gelu_derivative<kTanh>(z);
-          store_lanes(dx + i, dz, lanes);
+          store_lanes(dx + i, dz, lanes, streaming);
           if (dbias != nullptr) store_lanes(dbias + i, load_lanes(dbias + i, lanes) + dz, lanes);
         });
       }
     }
+    stream_fence();
   });
   if (!p.dbias) return;
   parallel_for(n, kGrainElements / (chunks + 1) + 1, [&](int64_t begin, int64_t end) {

@@ -136,8 +136,8 @@ void forward(const LayerNormFwd& p) {
 
 // One row of dx; adds the row's dy * xhat and dy to the partial sums dweight and dbias.
 template <typename T, typename Y>
-void backward_row(const LayerNormBwd& p, int64_t row, const float* weight, float* dweight,
-                  float* dbias) {
+void backward_row(const LayerNormBwd& p, int64_t row, const float* weight, bool streaming,
+                  float* dweight, float* dbias) {
   const int64_t n = p.x.size[1];
   const T* x = row_of<T>(p.x, row);
   const Y* dy = row_of<Y>(p.dy, row);
@@ -173,7 +173,7 @@ void backward_row(const LayerNormBwd& p, int64_t row, const float* weight, float
     const Vec xhat = xhat_at(i, lanes);
     Vec d = rstd * ((g_at(i, lanes) - mean_g) - xhat * mean_gx);
     if (ds != nullptr) d = d + load_lanes(ds + i, lanes);
-    store_lanes(dx + i, d, lanes);
+    store_lanes(dx + i, d, lanes, streaming);
     const Vec upstream = load_lanes(dy + i, lanes);
     if (dweight != nullptr) {
       store_lanes(dweight + i, fma(upstream, xhat, load_lanes(dweight + i, lanes)), lanes);
@@ -196,16 +196,18 @@ void backward(const LayerNormBwd& p) {
   const float* weight = weights.data();
   const Scratch scratch(chunks * sums * n * sizeof(float));
   float* partial = scratch.at();
+  const bool streaming = streams(p.dx);
   parallel_for(chunks, kGrainElements / (n * chunk_rows) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* mine = partial + chunk * sums * n;
       for (int64_t i = 0; i < sums * n; ++i) mine[i] = 0.0f;
       const int64_t last = (chunk + 1) * chunk_rows < r ? (chunk + 1) * chunk_rows : r;
       for (int64_t row = chunk * chunk_rows; row < last; ++row) {
-        backward_row<T, Y>(p, row, weight, p.dweight ? mine : nullptr,
+        backward_row<T, Y>(p, row, weight, streaming, p.dweight ? mine : nullptr,
                            p.dbias ? mine + (sums - 1) * n : nullptr);
       }
     }
+    stream_fence();
   });
   const auto gather = [&](const TensorRef& out, const float* first) {
     parallel_for(n, kGrainElements / (chunks + 1) + 1, [&](int64_t begin, int64_t end) {

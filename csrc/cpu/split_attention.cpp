@@ -2,8 +2,9 @@
 // online softmax per block of keys, o += p v; then the merge m = max(m_i), l = sum(l_i 2^(m_i -
 // m)), out = sum(o_i 2^(m_i - m)) / l.
 //
-// Plan: four queries share each load of k and v; a block of 64 keys stays in L1 between the two
-// products. Bytes: k and v once per unit, which bounds the speed. Flops: 4 sk d a query.
+// Plan: four queries share each load of k and v; eight scores are reduced across the lanes at once;
+// rows of v are asked for while k is scored. A block of 64 keys stays in L1 between the products.
+// Bytes: k and v once per unit, which bounds the speed. Flops: 4 sk d a query.
 // Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
 #include "csrc/cpu/split_attention.h"
 
