@@ -54,8 +54,7 @@ void normalize_row(const float* x, float sum, int64_t n, const float* weight, co
   int64_t first = 0;
   if constexpr (kSplits<T, Y>) {
     for (; first < split_part(n); first += kTwo) {
-      store_split(y + first, y_at(first, Vec::width), y_at(first + Vec::width, Vec::width),
-                  streaming);
+      store_split(y + first, y_at(first, Vec::width), y_at(first + Vec::width, Vec::width));
     }
   }
   for_vectors(n - first, [&](int64_t i, int lanes) {
@@ -79,7 +78,7 @@ float gather_row(const T* x, const T* residual, T* s, int64_t n, bool streaming,
         load_split(residual + first, even_residual, odd_residual);
         even = rounded_to(T{}, even + even_residual);
         odd = rounded_to(T{}, odd + odd_residual);
-        store_rounded_split(s + first, even, odd, streaming);
+        store_rounded_split(s + first, even, odd);
       }
       store(floats + first, even);
       store(floats + first + Vec::width, odd);

@@ -329,21 +329,6 @@ FASTGPT_INLINE void stream(float* p, Vec a) {
 #endif
 }
 
-template <typename Half>
-FASTGPT_INLINE void stream(Half* p, Vec a) {
-#if defined(__AVX2__)
-  alignas(2 * kLanes) Half lanes[kLanes];
-  store(lanes, a);
-#if defined(__AVX512F__)
-  _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)lanes));
-#else
-  _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)lanes));
-#endif
-#else
-  store(p, a);
-#endif
-}
-
 // Two vectors of neighbouring bf16, split into the even and the odd ones: half the instructions of
 // two loads or stores in order.
 FASTGPT_INLINE void load_split(const bf16* p, Vec& even, Vec& odd) {
@@ -354,17 +339,13 @@ FASTGPT_INLINE void load_split(const bf16* p, Vec& even, Vec& odd) {
 }
 
 // Of what rounded_to has returned.
-FASTGPT_INLINE void store_rounded_split(bf16* p, Vec even, Vec odd, bool streaming) {
-  const Vec both = from_bits((bits_of(even) >> 16) | bits_of(odd));
-  if (streaming) {
-    stream(reinterpret_cast<float*>(p), both);
-  } else {
-    std::memcpy(p, &both.v, sizeof(both.v));
-  }
+FASTGPT_INLINE void store_rounded_split(bf16* p, Vec even, Vec odd) {
+  const NativeUint both = (bits_of(even) >> 16) | bits_of(odd);
+  std::memcpy(p, &both, sizeof(both));
 }
 
-FASTGPT_INLINE void store_split(bf16* p, Vec even, Vec odd, bool streaming) {
-  store_rounded_split(p, rounded_to(bf16{}, even), rounded_to(bf16{}, odd), streaming);
+FASTGPT_INLINE void store_split(bf16* p, Vec even, Vec odd) {
+  store_rounded_split(p, rounded_to(bf16{}, even), rounded_to(bf16{}, odd));
 }
 
 // Makes what was streamed visible to other threads in order with later stores.
