@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.backends import native
+from fastgpt.backends import native, triton
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_DTYPES = (*NATIVE_DTYPES, torch.float64)
@@ -52,7 +52,7 @@ TABLE: dict[str, dict[str, Cell]] = {
     "decode_attention": _HEADS,
     "layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
     "add_layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
-    "softmax": _ROWS,
+    "softmax": {**_ROWS, "triton": Cell(NATIVE_DTYPES)},
     "masked_softmax": _ROWS,
     "bias_gelu": _ROWS,
     "cross_entropy": _ROWS,
@@ -65,7 +65,11 @@ MODULES = {"add_layer_norm": "layer_norm"}
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
+_DEVICES = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cuda", "xpu", "cpu") if triton.interpreted() else ("cuda", "xpu"),
+}
 
 
 @torch.compiler.assume_constant_result
@@ -80,6 +84,8 @@ def _probe(backend: str) -> str | None:
         return native.MISSING
     if backend == "cuda":
         return native.MISSING or native.cuda_refusal()
+    if backend == "triton":
+        return triton.missing()
     return None
 
 
@@ -182,7 +188,12 @@ def _first_of_table(op: str, device: str, dtype: torch.dtype, head_dim: int) -> 
     row = TABLE[op]
     for name in _ORDER.get(device, ("triton", "reference")):
         cell = row.get(name)
-        if cell is not None and cell.accepts(dtype, head_dim) and _unavailable(name) is None:
+        if (
+            cell is not None
+            and device in _DEVICES.get(name, (device,))
+            and cell.accepts(dtype, head_dim)
+            and _unavailable(name) is None
+        ):
             return name
     return "reference"
 
@@ -295,11 +306,13 @@ def _python_kernel(op: str, backend: str, name: str) -> Callable[..., Any]:
 
 def kernel(op: str, backend: str, name: str) -> Callable[..., Any]:
     """The raw op `name` (as `layer_norm_fwd`) of `op` on `backend`; all share its schema."""
-    if backend not in ("cpu", "cuda"):
-        return _python_kernel(op, backend, name)
+    python = backend not in ("cpu", "cuda")
     if torch.compiler.is_compiling():
+        # The caches are for eager calls: the tracer would look through them, with a warning.
+        if python:
+            return _python_kernel.__wrapped__(op, backend, name)
         return getattr(torch.ops.fastgpt, name).default
-    return _native_kernel(name)
+    return _python_kernel(op, backend, name) if python else _native_kernel(name)
 
 
 def support_matrix() -> str:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 import fastgpt
 from fastgpt import dispatch
 from fastgpt import functional as F
+from fastgpt.backends import triton
 from tests.contract import (
     Inputs,
     OpSpec,
@@ -67,6 +68,8 @@ def raw_calls(spec: OpSpec, backend: str, inputs: Inputs, outgoing) -> list[tupl
 @pytest.mark.parametrize(("spec", "backend"), every(compiled_only=True))
 def test_opcheck(spec: OpSpec, backend: str) -> None:
     skip_unless_runs(spec.op, backend)
+    if backend == "triton":
+        pytest.skip("the Triton kernels are no ops of their own: Dynamo traces their launches")
     case = spec.case(RICHEST[spec.op])
     inputs = make(spec, case, torch.bfloat16)
     calls = raw_calls(spec, backend, inputs, outgoing_for(spec, case, torch.bfloat16))
@@ -82,6 +85,8 @@ def test_opcheck(spec: OpSpec, backend: str) -> None:
 @pytest.mark.parametrize(("spec", "backend"), every())
 def test_compiled_equals_eager(spec: OpSpec, backend: str) -> None:
     skip_unless_runs(spec.op, backend)
+    if backend == "triton" and triton.interpreted():
+        pytest.skip("Triton's interpreter cannot be traced")
     case = spec.case(RICHEST[spec.op])
     inputs, outgoing = make(spec, case, torch.float32), outgoing_for(spec, case, torch.float32)
     device = device_of(backend)

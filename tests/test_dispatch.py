@@ -183,9 +183,10 @@ def test_devices_of_the_backends() -> None:
 
 
 def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    own = {"PYTHONPATH": str(Path(fastgpt.__file__).parents[1]), "TRITON_INTERPRET": "0"}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(Path(fastgpt.__file__).parents[1])} | environment,
+        env=os.environ | own | environment,
         capture_output=True,
         text=True,
         timeout=120,
