@@ -21,11 +21,25 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
 
-// bf16 rows are split into even and odd elements where input and output both are.
+// bf16 rows are split into even and odd elements where both of these are bf16.
 template <typename T, typename Y>
 constexpr bool kSplits = false;
 template <>
 constexpr bool kSplits<bf16, bf16> = true;
+
+template <bool kSplit, typename T>
+FASTGPT_INLINE void load_two(const T* p, Vec (&v)[2]) {
+  if constexpr (kSplit) return load_split(p, v[0], v[1]);
+  v[0] = load(p);
+  v[1] = load(p + Vec::width);
+}
+
+template <bool kSplit, typename T>
+FASTGPT_INLINE void store_two(T* p, Vec a, Vec b, bool streaming) {
+  if constexpr (kSplit) return store_split(p, a, b);
+  store_lanes(p, a, Vec::width, streaming);
+  store_lanes(p + Vec::width, b, Vec::width, streaming);
+}
 
 // y from the row x (n) and the sum of its elements. Asks for the row of the input that comes next,
 // and for the lines of y, while it works in L1. x, weight and bias are split where kSplits says so.
@@ -76,9 +90,11 @@ float gather_row(const T* x, const T* residual, T* s, int64_t n, bool streaming,
       if (residual != nullptr) {
         Vec even_residual, odd_residual;
         load_split(residual + first, even_residual, odd_residual);
-        even = rounded_to(T{}, even + even_residual);
-        odd = rounded_to(T{}, odd + odd_residual);
-        store_rounded_split(s + first, even, odd);
+        const NativeUint even_bits = bf16_high_of_plain(even + even_residual);
+        const NativeUint odd_bits = bf16_high_of_plain(odd + odd_residual);
+        store_high_split(s + first, even_bits, odd_bits);
+        even = from_bits(even_bits & 0xffff0000u);
+        odd = from_bits(odd_bits & 0xffff0000u);
       }
       store(floats + first, even);
       store(floats + first + Vec::width, odd);
@@ -133,65 +149,93 @@ void forward(const LayerNormFwd& p) {
   });
 }
 
-// One row of dx; adds the row's dy * xhat and dy to the partial sums dweight and dbias.
+// One row of dx; adds the row's dy * xhat and dy to the partial sums dweight and dbias. weight and
+// the sums are split where kSplits says so.
 template <typename T, typename Y>
 void backward_row(const LayerNormBwd& p, int64_t row, const float* weight, bool streaming,
                   float* dweight, float* dbias) {
-  const int64_t n = p.x.size[1];
+  constexpr bool kSplit = kSplits<T, Y>;
+  const int64_t n = p.x.size[1], pairs = split_part(n);
   const T* x = row_of<T>(p.x, row);
   const Y* dy = row_of<Y>(p.dy, row);
   const T* ds = p.ds ? row_of<T>(p.ds, row) : nullptr;
   T* dx = row_of<T>(p.dx, row);
   const Vec mean = set1(static_cast<const float*>(p.mean.data)[row]);
   const Vec rstd = set1(static_cast<const float*>(p.rstd.data)[row]);
-  const auto xhat_at = [&](int64_t i, int lanes) {
-    return (load_lanes(x + i, lanes) - mean) * rstd;
-  };
-  const auto g_at = [&](int64_t i, int lanes) {
-    return load_lanes(dy + i, lanes) * load_lanes(weight + i, lanes);
-  };
   constexpr int kChains = 2;  // of each sum: as many as the registers of AVX2 hold
   Vec sum_g[kChains] = {zero(), zero()}, sum_gx[kChains] = {zero(), zero()};
-  const auto accumulate = [&](int chain, int64_t i, int lanes) {
-    const Vec g = g_at(i, lanes);
-    const Vec xhat = lanes == Vec::width ? xhat_at(i, lanes)
-                                         : select(first_lanes(lanes), xhat_at(i, lanes), zero());
+  const auto accumulate = [&](int chain, Vec x_at, Vec dy_at, Vec weight_at) {
+    const Vec g = dy_at * weight_at;
     sum_g[chain] = sum_g[chain] + g;
-    sum_gx[chain] = fma(g, xhat, sum_gx[chain]);
+    sum_gx[chain] = fma(g, (x_at - mean) * rstd, sum_gx[chain]);
   };
-  int64_t first = 0;
-  for (; first + kTwo <= n; first += kTwo) {
-    accumulate(0, first, Vec::width);
-    accumulate(1, first + Vec::width, Vec::width);
+  for (int64_t i = 0; i < pairs; i += kTwo) {
+    Vec x_at[2], dy_at[2];
+    load_two<kSplit>(x + i, x_at);
+    load_two<kSplit>(dy + i, dy_at);
+    accumulate(0, x_at[0], dy_at[0], load(weight + i));
+    accumulate(1, x_at[1], dy_at[1], load(weight + i + Vec::width));
   }
-  for_vectors(n - first, [&](int64_t i, int lanes) { accumulate(0, first + i, lanes); });
+  for_vectors(n - pairs, [&](int64_t rest, int lanes) {
+    const int64_t i = pairs + rest;
+    const Vec x_at = select(first_lanes(lanes), load_lanes(x + i, lanes), mean);
+    accumulate(0, x_at, load_lanes(dy + i, lanes), load_lanes(weight + i, lanes));
+  });
   const float inverse_n = 1.0f / static_cast<float>(n);
   const Vec mean_g = set1(reduce_add(sum_g[0] + sum_g[1]) * inverse_n);
   const Vec mean_gx = set1(reduce_add(sum_gx[0] + sum_gx[1]) * inverse_n);
-  for_vectors(n, [&](int64_t i, int lanes) {
-    const Vec xhat = xhat_at(i, lanes);
-    Vec d = rstd * ((g_at(i, lanes) - mean_g) - xhat * mean_gx);
+  // dx before ds is added; the sums of one vector.
+  const auto finish = [&](int64_t i, int lanes, Vec x_at, Vec dy_at) {
+    const Vec xhat = (x_at - mean) * rstd;
+    if (dweight != nullptr) {
+      store_lanes(dweight + i, fma(dy_at, xhat, load_lanes(dweight + i, lanes)), lanes);
+    }
+    if (dbias != nullptr) store_lanes(dbias + i, dy_at + load_lanes(dbias + i, lanes), lanes);
+    return rstd * ((dy_at * load_lanes(weight + i, lanes) - mean_g) - xhat * mean_gx);
+  };
+  for (int64_t i = 0; i < pairs; i += kTwo) {
+    Vec x_at[2], dy_at[2], ds_at[2] = {zero(), zero()};
+    load_two<kSplit>(x + i, x_at);
+    load_two<kSplit>(dy + i, dy_at);
+    if (ds != nullptr) load_two<kSplit>(ds + i, ds_at);
+    const Vec d0 = finish(i, Vec::width, x_at[0], dy_at[0]);
+    const Vec d1 = finish(i + Vec::width, Vec::width, x_at[1], dy_at[1]);
+    store_two<kSplit>(dx + i, d0 + ds_at[0], d1 + ds_at[1], streaming);
+  }
+  for_vectors(n - pairs, [&](int64_t rest, int lanes) {
+    const int64_t i = pairs + rest;
+    Vec d = finish(i, lanes, load_lanes(x + i, lanes), load_lanes(dy + i, lanes));
     if (ds != nullptr) d = d + load_lanes(ds + i, lanes);
     store_lanes(dx + i, d, lanes, streaming);
-    const Vec upstream = load_lanes(dy + i, lanes);
-    if (dweight != nullptr) {
-      store_lanes(dweight + i, fma(upstream, xhat, load_lanes(dweight + i, lanes)), lanes);
-    }
-    if (dbias != nullptr) {
-      store_lanes(dbias + i, upstream + load_lanes(dbias + i, lanes), lanes);
-    }
   });
+}
+
+// out (n): the partial sums of the chunks, `step` apart, in ascending order; split or not.
+void sum_chunks(const float* partial, int64_t chunks, int64_t step, bool split,
+                const TensorRef& out) {
+  float* sums = static_cast<float*>(out.data);
+  parallel_for(out.size[0], kGrainElements / (chunks + 1) + 1, [&](int64_t begin, int64_t end) {
+    for_vectors(end - begin, [&](int64_t i, int lanes) {
+      Vec sum = zero();
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        sum = sum + load_lanes(partial + chunk * step + begin + i, lanes);
+      }
+      store_lanes(sums + begin + i, sum, lanes);
+    });
+  });
+  if (split) reorder_pairs(sums, out.size[0], false);
 }
 
 template <typename T, typename Y>
 void backward(const LayerNormBwd& p) {
+  constexpr bool kSplit = kSplits<T, Y>;
   const int64_t r = p.x.size[0], n = p.x.size[1];
   constexpr int64_t kMaxChunks = 64, kMinChunkRows = 8;
   const int64_t balanced = (r + kMaxChunks - 1) / kMaxChunks;
   const int64_t chunk_rows = balanced < kMinChunkRows ? kMinChunkRows : balanced;
   const int64_t chunks = (r + chunk_rows - 1) / chunk_rows;
   const int64_t sums = (p.dweight ? 1 : 0) + (p.dbias ? 1 : 0);
-  const FloatParameter weights(p.weight, 1.0f, n);
+  const FloatParameter weights(p.weight, 1.0f, n, kSplit);
   const float* weight = weights.data();
   const Scratch scratch(chunks * sums * n * sizeof(float));
   float* partial = scratch.at();
@@ -208,19 +252,8 @@ void backward(const LayerNormBwd& p) {
     }
     stream_fence();
   });
-  const auto gather = [&](const TensorRef& out, const float* first) {
-    parallel_for(n, kGrainElements / (chunks + 1) + 1, [&](int64_t begin, int64_t end) {
-      for_vectors(end - begin, [&](int64_t i, int lanes) {
-        Vec sum = zero();
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          sum = sum + load_lanes(first + chunk * sums * n + begin + i, lanes);
-        }
-        store_lanes(static_cast<float*>(out.data) + begin + i, sum, lanes);
-      });
-    });
-  };
-  if (p.dweight) gather(p.dweight, partial);
-  if (p.dbias) gather(p.dbias, partial + (sums - 1) * n);
+  if (p.dweight) sum_chunks(partial, chunks, sums * n, kSplit, p.dweight);
+  if (p.dbias) sum_chunks(partial + (sums - 1) * n, chunks, sums * n, kSplit, p.dbias);
 }
 
 }  // namespace

@@ -109,9 +109,22 @@ FASTGPT_INLINE int64_t split_part(int64_t n) {
   return n - n % kTwo;
 }
 
+// Orders the pairs of vectors in split_part(n) as load_split orders them, or back.
+inline void reorder_pairs(float* p, int64_t n, bool split) {
+  for (int64_t first = 0; first < split_part(n); first += kTwo) {
+    float pair[kTwo];
+    store(pair, load(p + first));
+    store(pair + Vec::width, load(p + first + Vec::width));
+    for (int i = 0; i < kTwo; ++i) {
+      const int ordered = i, halves = i % 2 * Vec::width + i / 2;
+      p[first + (split ? halves : ordered)] = pair[split ? ordered : halves];
+    }
+  }
+}
+
 // A parameter vector (n) of any float dtype as floats: in place where it is stored so, else a copy;
 // absent: all equal to fallback. With `split` every pair of vectors in split_part(n) is ordered as
-// load_split orders it.
+// load_split orders it, and a NaN is one that store_split takes.
 class FloatParameter {
  public:
   FloatParameter(const TensorRef& parameter, float fallback, int64_t n, bool split = false)
@@ -122,16 +135,10 @@ class FloatParameter {
     if (in_place_ != nullptr) return;
     float* copy = copy_.at();
     for_vectors(n, [&](int64_t i, int lanes) {
-      store_lanes(copy + i, widened(parameter, fallback, i, lanes), lanes);
+      const Vec v = widened(parameter, fallback, i, lanes);
+      store_lanes(copy + i, split ? select(v == v, v, set1(__builtin_nanf(""))) : v, lanes);
     });
-    for (int64_t first = 0; split && first < split_part(n); first += kTwo) {
-      float odd[Vec::width];
-      for (int i = 0; i < Vec::width; ++i) {
-        odd[i] = copy[first + 2 * i + 1];
-        copy[first + i] = copy[first + 2 * i];
-      }
-      store(copy + first + Vec::width, load(odd));
-    }
+    if (split) reorder_pairs(copy, n, true);
   }
   const float* data() const { return in_place_ == nullptr ? copy_.at() : in_place_; }
 

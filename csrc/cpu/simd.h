@@ -247,11 +247,17 @@ FASTGPT_INLINE void store(float* p, Vec a, int n) {
 }
 
 // The bf16 pattern of each lane in its high 16 bits, over low bits of any kind. Not VCVTNEPS2BF16:
-// it flushes subnormals.
-FASTGPT_INLINE NativeUint bf16_high(Vec a) {
+// it flushes subnormals. A NaN must have no bit among the low 16, where rounding would carry it
+// away: one that comes from bf16 or from arithmetic has none.
+FASTGPT_INLINE NativeUint bf16_high_of_plain(Vec a) {
   const NativeUint u = bits_of(a);
-  const NativeUint rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  const NativeUint quiet = u | 0x400000u;
+  return u + 0x7fffu + ((u >> 16) & 1u);
+}
+
+// The same of any NaN.
+FASTGPT_INLINE NativeUint bf16_high(Vec a) {
+  const NativeUint rounded = bf16_high_of_plain(a);
+  const NativeUint quiet = bits_of(a) | 0x400000u;
 #if defined(__AVX512F__)
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return (NativeUint)_mm512_mask_blend_epi32(nan, (__m512i)rounded, (__m512i)quiet);
@@ -338,14 +344,22 @@ FASTGPT_INLINE void load_split(const bf16* p, Vec& even, Vec& odd) {
   odd = from_bits(u & 0xffff0000u);
 }
 
-// Of what rounded_to has returned.
-FASTGPT_INLINE void store_rounded_split(bf16* p, Vec even, Vec odd) {
-  const NativeUint both = (bits_of(even) >> 16) | bits_of(odd);
+// Of the high 16 bits of each lane.
+FASTGPT_INLINE void store_high_split(bf16* p, NativeUint even, NativeUint odd) {
+#if defined(__AVX512F__)
+  const NativeUint both =
+      (NativeUint)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)(even >> 16), (__m512i)odd);
+#elif defined(__AVX2__)
+  const NativeUint both = (NativeUint)_mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa);
+#else
+  const NativeUint both = (even >> 16) | (odd & 0xffff0000u);
+#endif
   std::memcpy(p, &both, sizeof(both));
 }
 
+// Rounded as bf16_high_of_plain rounds.
 FASTGPT_INLINE void store_split(bf16* p, Vec even, Vec odd) {
-  store_rounded_split(p, rounded_to(bf16{}, even), rounded_to(bf16{}, odd));
+  store_high_split(p, bf16_high_of_plain(even), bf16_high_of_plain(odd));
 }
 
 // Makes what was streamed visible to other threads in order with later stores.

@@ -47,7 +47,8 @@ FASTGPT_INLINE void prefetch_row(const T* row, int d) {
 
 constexpr int kSums = 8;  // reduced together
 
-// s (R, kKeyTile) of a block of keys, times scale; q (R, padded(d)). Asks for the rows of v.
+// s (R, kKeyTile) of a block of keys, times scale; q (R, padded(d)). Asks for the rows of v, and of
+// k where its rows are long: what fetches them unasked stops at every page.
 template <typename T, int R>
 void score_keys(const float* q, const Block<T>& k, const Block<T>& v, int d, float scale,
                 float* s) {
@@ -60,6 +61,7 @@ void score_keys(const float* q, const Block<T>& k, const Block<T>& v, int d, flo
       const int64_t at = j + i < k.n ? j + i : k.n - 1;
       row[i] = k.rows + at * k.stride;
       prefetch_row(v.rows + at * v.stride, d);
+      if (sizeof(T) == sizeof(float)) prefetch_row(row[i] + 2 * kSums * k.stride, d);
     }
     Vec sum[kSums];
 #pragma GCC unroll 8

@@ -121,11 +121,11 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
 def host_checks(backend: str, tensor: Tensor) -> bool:
     """Whether Python must check the contents of `tensor`: offsets, lengths, class indices.
 
-    The cpu kernels check what they read, so that only the reference backend needs it on a CPU.
-    On a GPU it would wait for the device, and runs with FASTGPT_CHECK=1 alone.
+    The cpu kernels check what they read; the other backends need it on a CPU. On a GPU it would
+    wait for the device, and runs with FASTGPT_CHECK=1 alone.
     """
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+    if backend == "cpu" or torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
-    if tensor.device.type == "cpu":
-        return backend == "reference"
+    if tensor.is_cpu:
+        return True
     return tensor.device.type != "meta" and os.environ.get("FASTGPT_CHECK") == "1"

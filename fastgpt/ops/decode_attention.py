@@ -138,28 +138,42 @@ def _check_shapes(
     check_rank("q", q, 4, "(b, h, t, d)")
     check_rank("k_cache", k_cache, 4, "(b, hk, capacity, d)")
     b, h, t, d = q.shape
-    _, hk, capacity, _ = k_cache.shape
-    check_shape("k_cache", k_cache, (b, hk, capacity, d), "(b, hk, capacity, d), b and d of q")
-    check_shape("v_cache", v_cache, (b, hk, capacity, d), "that of k_cache, (b, hk, capacity, d)")
+    cache = k_cache.shape
+    hk = cache[1]
+    if cache[0] != b or cache[3] != d:
+        check_shape("k_cache", k_cache, (b, hk, cache[2], d), "(b, hk, capacity, d), b and d of q")
+    if not isinstance(v_cache, Tensor) or v_cache.shape != cache:
+        check_shape("v_cache", v_cache, cache, "that of k_cache, (b, hk, capacity, d)")
     check_heads(h, hk, d, "q", "k_cache")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if d > 1 and cache.stride(3) != 1:
-            raise ValueError(
-                f"{name}: expected a last stride of 1, as it is written in place, "
-                f"got strides {tuple(cache.stride())}"
-            )
+    if d > 1:
+        _check_unit_stride("k_cache", k_cache)
+        _check_unit_stride("v_cache", v_cache)
     if k_new is not None and v_new is not None:
         check_shape("k_new", k_new, (b, hk, t, d), "(b, hk, t, d)")
         check_shape("v_new", v_new, (b, hk, t, d), "(b, hk, t, d)")
     elif k_new is not None or v_new is not None:
         missing = "k_new" if k_new is None else "v_new"
         raise ValueError(f"{missing}: expected both k_new and v_new or neither, got None for one")
-    for name, counts in (("cache_lengths", cache_lengths), ("cache_start", cache_start)):
-        if counts is not None:
-            check_shape(name, counts, (b,), "(b,)")
-            check_same_device(name, counts, "q", q)
-            if counts.dtype != torch.int32:
-                raise TypeError(f"{name}: expected dtype int32, got {counts.dtype}")
+    _check_counts("cache_lengths", cache_lengths, q)
+    if cache_start is not None:
+        _check_counts("cache_start", cache_start, q)
+
+
+def _check_unit_stride(name: str, cache: Tensor) -> None:
+    if cache.stride(3) != 1:
+        raise ValueError(
+            f"{name}: expected a last stride of 1, as it is written in place, "
+            f"got strides {tuple(cache.stride())}"
+        )
+
+
+def _check_counts(name: str, counts: Tensor, q: Tensor) -> None:
+    b = q.shape[0]
+    if not isinstance(counts, Tensor) or counts.dim() != 1 or counts.shape[0] != b:
+        check_shape(name, counts, (b,), "(b,)")
+    check_same_device(name, counts, "q", q)
+    if counts.dtype != torch.int32:
+        raise TypeError(f"{name}: expected dtype int32, got {counts.dtype}")
 
 
 def _check_ring(capacity: int, t: int, window: int | None) -> None:
@@ -186,11 +200,12 @@ def _check_dtypes(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k_new: Tensor | None, v_new: Tensor | None
 ) -> None:
     check_float("q", q)
+    dtype = q.dtype
     caches = (("k_cache", k_cache), ("v_cache", v_cache), ("k_new", k_new), ("v_new", v_new))
     for name, tensor in caches:
         if tensor is not None:
             check_same_device(name, tensor, "q", q)
-            if tensor.dtype != q.dtype:
+            if tensor.dtype != dtype:
                 check_float(name, tensor)
                 check_same_dtype(name, tensor, "q", q)
 
