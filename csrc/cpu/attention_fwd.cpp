@@ -1,10 +1,10 @@
-// out = softmax(scale * q k^T + ..., visible keys) v with the online softmax, a tile of 48 queries
-// against tiles of 64 keys: m = max(m, s), p = 2^(s - m), l = l 2^(m' - m) + sum(p),
+// out = softmax(scale * q k^T + ..., visible keys) v with the online softmax, a tile of queries
+// against tiles of keys: m = max(m, s), p = 2^(s - m), l = l 2^(m' - m) + sum(p),
 // o = o 2^(m' - m) + p v, and at the end out = o / l, lse = m + log(l).
 //
-// Plan: a dynamic queue over (batch, head, up to 4 query tiles), long rows first; the tiles of an
-// item share each load of k and v. Key tiles lie at multiples of 64, cut to what a query tile sees,
-// and are visited in ascending order, so no bit depends on the batch, on threads or on the
+// Plan: a dynamic queue over (batch, head, some 200 queries), long rows first; the tiles of an item
+// share each load of k and v. Key tiles lie at multiples of their size, cut to what a query tile
+// sees, and are visited in ascending order, so no bit depends on the batch, on threads or on the
 // grouping. Memory: a few tiles a thread, nothing of size sk.
 // Flops: 4 sq sk d a head, half of it causal, 4 sq window d banded. Bytes: k and v once an item.
 // Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135; Dao 2023, arXiv:2307.08691.
@@ -65,8 +65,8 @@ void softmax_lanes(float* scores, int nk, int lanes, Lanes& state, int at) {
 
 void softmax_tile(const ScoreTile& tile, Lanes& state) {
   int at = 0;
-  for (; at + 3 * kLanes <= tile.lanes; at += 3 * kLanes) {
-    softmax_lanes<3>(tile.scores, tile.nk, tile.lanes, state, at);
+  for (; at + kBlockVecs * kLanes <= tile.lanes; at += kBlockVecs * kLanes) {
+    softmax_lanes<kBlockVecs>(tile.scores, tile.nk, tile.lanes, state, at);
   }
   for (; at < tile.lanes; at += kLanes) {
     softmax_lanes<1>(tile.scores, tile.nk, tile.lanes, state, at);

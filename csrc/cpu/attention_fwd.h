@@ -13,7 +13,7 @@ struct HeadOut {
   float* lse;  // (sq)
 };
 
-constexpr int kGroupTiles = 4;
+constexpr int kGroupTiles = kLanes == 16 ? 4 : 16;
 
 // How many tiles of queries one item takes, at most kGroupTiles: more share the loads of k and v,
 // fewer keep all threads busy. No bit depends on it.

@@ -1,6 +1,6 @@
 // Rows to tile operands and back, and what else than q k^T goes into a score. Costs per tile of
-// 48 queries x 64 keys: O(48 d) to transpose, O(64 d) to widen a narrow K or V, against 48 x 64 x d
-// multiply-adds a product; the rare features cost a pass over the tile each.
+// nq x nk: O(nq d) to transpose, O(nk d) to widen a narrow K or V for all tiles of an item, against
+// nq nk d multiply-adds a product; the rare features cost a pass over the tile each.
 #include "csrc/cpu/attention_head.h"
 
 #include "csrc/common/math.h"

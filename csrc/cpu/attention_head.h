@@ -10,8 +10,9 @@
 namespace fastgpt {
 inline namespace FASTGPT_ISA {
 
-constexpr int kQueryTile = 48;  // whole vectors at every level
-constexpr int kKeyTile = 64;
+// Queries: as wide as a block of the tile product. Keys: as many as leave the scores room in L1.
+constexpr int kQueryTile = kLanes == 16 ? 48 : 16;
+constexpr int kKeyTile = kLanes == 16 ? 64 : 128;
 
 // Rows of d elements, `stride` elements apart; rows in a ring of `ring` slots when that is not 0.
 struct Rows {

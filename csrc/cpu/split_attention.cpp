@@ -36,7 +36,7 @@ FASTGPT_INLINE Block<T> block_of(const Rows& rows, KeyRange keys) {
 FASTGPT_INLINE KeyRange next_block(int64_t begin, int64_t end, int64_t ring) {
   const int64_t wrap = ring == 0 ? end : begin - begin % ring + ring;
   const int64_t last = wrap < end ? wrap : end;
-  return KeyRange{begin, last - begin < kKeyTile ? last : begin + kKeyTile};
+  return KeyRange{begin, last - begin < kBlockKeys ? last : begin + kBlockKeys};
 }
 
 // Asks for a row ahead of its use, while another product keeps the memory idle.
@@ -47,8 +47,8 @@ FASTGPT_INLINE void prefetch_row(const T* row, int d) {
 
 constexpr int kSums = 8;  // reduced together
 
-// s (R, kKeyTile) of a block of keys, times scale; q (R, padded(d)). Asks for the rows of v, and of
-// k where its rows are long: what fetches them unasked stops at every page.
+// s (R, kBlockKeys) of a block of keys, times scale; q (R, padded(d)). Asks for the rows of v, and
+// of k where its rows are long: what fetches them unasked stops at every page.
 template <typename T, int R>
 void score_keys(const float* q, const Block<T>& k, const Block<T>& v, int d, float scale,
                 float* s) {
@@ -92,7 +92,7 @@ void score_keys(const float* q, const Block<T>& k, const Block<T>& v, int d, flo
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kKeys; ++i) s[r * kKeyTile + j + i] = sums[r * kKeys + i] * scale;
+      for (int i = 0; i < kKeys; ++i) s[r * kBlockKeys + j + i] = sums[r * kKeys + i] * scale;
     }
   }
 }
@@ -115,7 +115,7 @@ void add_values(const float* p, const float* rescale, const Block<T>& v, int d, 
     const T* row = v.rows + j * v.stride + c;
     Vec weight[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) weight[r] = set1(p[r * kKeyTile + j]);
+    for (int r = 0; r < R; ++r) weight[r] = set1(p[r * kBlockKeys + j]);
 #pragma GCC unroll 8
     for (int i = 0; i < V; ++i) {
       const Vec vv =
@@ -171,7 +171,7 @@ void attend_rows(const Head* heads, int64_t row, const float* q, KeyRange keys, 
     const int low = static_cast<int>(clamp(seen.begin - keys.begin, 0, k.n));
     const int high = static_cast<int>(clamp(seen.end - keys.begin, 0, k.n));
     float* state = o + r * step + row_step;
-    rescale[r] = softmax_row(s + r * kKeyTile, low, high, k.n, state, state + 1);
+    rescale[r] = softmax_row(s + r * kBlockKeys, low, high, k.n, state, state + 1);
   }
   // As many accumulators as hide the latency of an FMA and fit into the registers.
   constexpr int kVecs = R == 1 ? 8 : kLanes == 16 ? 4 : 2;
@@ -200,7 +200,7 @@ void attend_keys(const Head* heads, int64_t rows, const float* q, KeyRange keys,
 }  // namespace
 
 int64_t split_scratch(int d, int64_t rows) {
-  return rows * padded(d) + kRowBlock * kKeyTile;
+  return rows * padded(d) + kRowBlock * kBlockKeys;
 }
 
 void attend_split(const Head* heads, int64_t group, int64_t split_keys, int64_t split,

@@ -9,13 +9,14 @@ namespace fastgpt {
 inline namespace FASTGPT_ISA {
 
 constexpr int64_t kSplitQueries = 8;  // up to this many queries take this path
+constexpr int kBlockKeys = 64;        // scored together; they stay in L1 until v is added
 
 // The number of splits is a function of the capacity alone: enough of them to spread one head over
 // many threads, none so short that merging it costs.
 inline int64_t keys_per_split(int64_t capacity) {
   constexpr int64_t kShortest = 256, kMostSplits = 32;
   const int64_t even = ceil_div(capacity, kMostSplits);
-  return even > kShortest ? ceil_div(even, kKeyTile) * kKeyTile : kShortest;
+  return even > kShortest ? ceil_div(even, kBlockKeys) * kBlockKeys : kShortest;
 }
 
 // Floats of one partial result: o (padded(d)) unnormalised, m and l.

@@ -54,8 +54,8 @@ struct TileProduct {
   const float* column;
 };
 
-constexpr int kBlockRows = kLanes == 16 ? 8 : 4;  // 8 x 3 of 32 registers, 4 x 3 of 16
-constexpr int kBlockVecs = 3;
+constexpr int kBlockRows = kLanes == 16 ? 8 : 6;  // 8 x 3 of 32 registers, 6 x 2 of 16
+constexpr int kBlockVecs = kLanes == 16 ? 3 : 2;
 
 template <class Op, int R, int C>
 __attribute__((noinline)) void tile_block(const TileProduct& t, int row, int vec) {
@@ -73,7 +73,7 @@ __attribute__((noinline)) void tile_block(const TileProduct& t, int row, int vec
     for (int c = 0; c < C; ++c) sum[r][c] = zero();
   }
   int64_t at = 0;
-  for (int p = t.depth; p > 0; --p) {
+  const auto step = [&] {
     Vec bv[C];
 #pragma GCC unroll 3
     for (int c = 0; c < C; ++c) bv[c] = load(b + c * kLanes);
@@ -85,7 +85,13 @@ __attribute__((noinline)) void tile_block(const TileProduct& t, int row, int vec
     }
     at += a_step;
     b += b_step;
+  };
+  int p = 0;
+  for (; p + 2 <= t.depth; p += 2) {
+    step();
+    step();
   }
+  if (p < t.depth) step();
 
   float* out = t.c + row * t.c_row + vec * kLanes;
   if (t.into == Into::kStore) {
@@ -126,7 +132,7 @@ FASTGPT_INLINE void tile_rows(const TileProduct& t, int row) {
     if (left == 1) {
       tile_block<Op, R, 1>(t, row, vec);
       vec += 1;
-    } else if (left == 2 || left == 4) {
+    } else if (kBlockVecs == 2 || left == 2 || left == 4) {
       tile_block<Op, R, 2>(t, row, vec);
       vec += 2;
     } else {
@@ -140,7 +146,7 @@ template <class Op>
 void tile_product(const TileProduct& t) {
   int row = 0;
   for (; row + kBlockRows <= t.rows; row += kBlockRows) tile_rows<Op, kBlockRows>(t, row);
-  if (kBlockRows > 4 && row + 4 <= t.rows) {
+  if (row + 4 <= t.rows) {
     tile_rows<Op, 4>(t, row);
     row += 4;
   }
