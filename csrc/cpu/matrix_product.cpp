@@ -1,10 +1,10 @@
 // c = a b, c += a b or c = a b + bias, over any mixture of float32, bfloat16 and float16 factors.
 //
-// Plan: an item is 256 rows by 96 columns of c (192 with AVX-512); it walks k in blocks, packs b's
-// block as (depth, panel) floats, which stay in L1 and L2, and takes a in place where it is float32
-// rows, else packed. Sums run over k in ascending blocks, so that no bit depends on how c is cut.
+// Plan: an item is 256 rows by 192 columns of c; it walks k in blocks, packs b's block as (depth,
+// panel) floats, which stay in L1 and L2, and takes a in place where it is float32 rows, else
+// packed. Sums run over k in ascending blocks, so that no bit depends on how c is cut.
 // bf16 times bf16 goes through VDPBF16PS where the level has it: the products are exact either way.
-// Flops: 2 m n k. Bytes: a once for 96 (AVX2) or 192 columns, b once for 256 rows, c once a block.
+// Flops: 2 m n k. Bytes: a once for 192 columns, b once for 256 rows, c once a block.
 // Source: Goto, van de Geijn 2008, https://doi.org/10.1145/1356052.1356053
 #include "csrc/cpu/attention_head.h"
 #include "csrc/cpu/kernels.h"
@@ -17,8 +17,8 @@ inline namespace FASTGPT_ISA {
 namespace {
 
 constexpr int kPanel = kBlockVecs * kLanes;
-constexpr int kPanels = kLanes == 16 ? 4 : 96 / kPanel;
-constexpr int kDepth = kLanes == 16 ? 96 : 192;  // a panel of b: 18 KiB, 12 with AVX2
+constexpr int kPanels = 192 / kPanel;
+constexpr int kDepth = kLanes == 16 ? 96 : 256;  // a panel of b: 16 to 18 KiB
 constexpr int kRows = 64;                        // of a at a time
 constexpr int kItemRows = 256;
 constexpr int kPadding = 16;  // keeps packed rows off the same sets of the cache
