@@ -52,9 +52,9 @@ TABLE: dict[str, dict[str, Cell]] = {
     "decode_attention": _HEADS,
     "layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
     "add_layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
-    "softmax": {**_ROWS, "triton": Cell(NATIVE_DTYPES)},
-    "masked_softmax": _ROWS,
-    "bias_gelu": _ROWS,
+    "softmax": {**_ROWS, "cuda": Cell(NATIVE_DTYPES), "triton": Cell(NATIVE_DTYPES)},
+    "masked_softmax": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
+    "bias_gelu": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
     "cross_entropy": _ROWS,
     "linear_cross_entropy": _ROWS,
 }

@@ -41,8 +41,13 @@ struct alignas(sizeof(T) * kCount <= 16 ? sizeof(T) * kCount : 16) Pack {
 };
 
 template <int kCount, typename T>
+__device__ inline Pack<T, kCount> load_pack(const T* g_from) {
+  return *reinterpret_cast<const Pack<T, kCount>*>(g_from);
+}
+
+template <int kCount, typename T>
 __device__ inline void load(const T* g_from, float (&r_to)[kCount]) {
-  const Pack<T, kCount> pack = *reinterpret_cast<const Pack<T, kCount>*>(g_from);
+  const Pack<T, kCount> pack = load_pack<kCount>(g_from);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) r_to[i] = to_float(pack.value[i]);
 }

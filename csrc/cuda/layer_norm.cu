@@ -9,40 +9,18 @@
 // Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
 #include "csrc/ops/layer_norm.h"
 
-#include "csrc/common/dispatch.h"
-#include "csrc/cuda/copy.cuh"
-#include "csrc/cuda/launch.cuh"
+#include "csrc/cuda/column_sums.cuh"
 #include "csrc/cuda/reduce.cuh"
+#include "csrc/cuda/rows.cuh"
 
 namespace fastgpt::cuda {
 namespace {
 
-constexpr int kCachedPacks = 4;  // packs of a row that one thread keeps in registers
-
-template <typename T>
-__device__ T* row_of(const TensorRef& t, int64_t row) {
-  return static_cast<T*>(t.data) + row * t.stride[0];
-}
-
-// f(index of the pack among this thread's, first element) for each of the thread's packs of a row.
-template <int kPack, bool kCached, typename F>
-__device__ void for_packs(int n, const F& f) {
-  const int step = blockDim.x * kPack;
-  if constexpr (kCached) {
-#pragma unroll
-    for (int c = 0; c < kCachedPacks; ++c) {
-      const int i = c * step + static_cast<int>(threadIdx.x) * kPack;
-      if (i < n) f(c, i);
-    }
-  } else {
-    for (int i = threadIdx.x * kPack; i < n; i += step) f(0, i);
-  }
-}
-
 template <typename T, typename Y, int kPack, bool kCached>
-__global__ void layer_norm_fwd_kernel(LayerNormFwd p) {
+__global__ void __launch_bounds__(kMaxRowThreads) layer_norm_fwd_kernel(LayerNormFwd p) {
   __shared__ float s_sums[kWarp];
-  const int64_t row = blockIdx.x;
+  const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.y) + threadIdx.y;
+  if (row >= p.x.size[0]) return;  // a whole warp, and no other waits for it
   const int n = static_cast<int>(p.x.size[1]);
   const T* g_x = row_of<const T>(p.x, row);
   float r_x[kCached ? kCachedPacks : 1][kPack];
@@ -98,7 +76,8 @@ __global__ void layer_norm_fwd_kernel(LayerNormFwd p) {
 
 // g_sums: per chunk a row of n partial sums of dweight, then one of dbias.
 template <typename T, typename Y, int kPack, bool kCached>
-__global__ void layer_norm_bwd_kernel(LayerNormBwd p, int64_t chunk_rows, float* g_sums) {
+__global__ void __launch_bounds__(kMaxRowThreads)
+    layer_norm_bwd_kernel(LayerNormBwd p, int64_t chunk_rows, float* g_sums) {
   __shared__ float s_sums[2 * kWarp];
   const int64_t r = p.x.size[0];
   const int n = static_cast<int>(p.x.size[1]);
@@ -165,94 +144,37 @@ __global__ void layer_norm_bwd_kernel(LayerNormBwd p, int64_t chunk_rows, float*
   }
 }
 
-__global__ void layer_norm_bwd_sum_kernel(const float* g_sums, int64_t chunks, int64_t n,
-                                          float* g_dweight, float* g_dbias) {
-  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (i >= n) return;
-  float dweight = 0.0f, dbias = 0.0f;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    dweight += g_sums[chunk * 2 * n + i];
-    dbias += g_sums[(chunk * 2 + 1) * n + i];
-  }
-  if (g_dweight != nullptr) g_dweight[i] = dweight;
-  if (g_dbias != nullptr) g_dbias[i] = dbias;
-}
-
-constexpr int64_t kMaxChunks = 512;
-
-int64_t chunk_rows_of(int64_t r) {
-  return (r + kMaxChunks - 1) / kMaxChunks;
-}
-
-// Also asked of a single row's stride, so that a row has the same bits alone as among others.
-bool aligned(const TensorRef& t, int pack, int element_bytes) {
-  if (t.data == nullptr) return true;
-  const bool start = reinterpret_cast<uintptr_t>(t.data) % (pack * element_bytes) == 0;
-  return start && t.stride[0] % pack == 0;
-}
-
-int element_bytes(const TensorRef& t) {
-  return t.dtype == DType::f32 ? 4 : 2;
-}
-
-// f(Type<T>, Type<Y>, pack size, whether a row fits the registers, threads of a block).
-template <typename F>
-void specialize(const TensorRef& x, const TensorRef& y, std::initializer_list<TensorRef> rows,
-                const F& f) {
-  check_at_most(x.size[1], int64_t{1} << 30, "elements of a row");  // the kernels count in int
-  const int n = static_cast<int>(x.size[1]);
-  bool vector = n % 4 == 0;
-  for (const TensorRef& t : rows) vector = vector && aligned(t, 4, element_bytes(t));
-  const int pack = vector ? 4 : 1;
-  const int threads_wanted = (n + pack - 1) / pack;
-  const int rounded = (threads_wanted + kWarp - 1) / kWarp * kWarp;
-  const int threads = rounded < 256                   ? rounded
-                      : rounded <= 256 * kCachedPacks ? 256
-                                                      : kMaxBlockThreads;
-  const bool cached = threads_wanted <= threads * kCachedPacks;
-  visit_dtype<__nv_bfloat16, __half>(x.dtype, [&](auto tx) {
-    using T = typename decltype(tx)::type;
-    const auto with_y = [&](auto ty) {
-      visit_bool(vector, [&](auto v) {
-        visit_bool(cached,
-                   [&](auto c) { f(tx, ty, Constant<decltype(v)::kValue ? 4 : 1>{}, c, threads); });
-      });
-    };
-    y.dtype == x.dtype ? with_y(Type<T>{}) : with_y(Type<float>{});
-  });
-}
+constexpr int kBackwardPack = 4;  // with 8 the sums of dweight and dbias would spill
 
 }  // namespace
 
 void layer_norm_fwd(const LayerNormFwd& p, void* stream) {
-  specialize(p.x, p.y, {p.x, p.residual, p.s, p.y},
-             [&](auto tx, auto ty, auto pack, auto cached, int threads) {
-               using T = typename decltype(tx)::type;
-               using Y = typename decltype(ty)::type;
-               launch(layer_norm_fwd_kernel<T, Y, decltype(pack)::kValue, decltype(cached)::kValue>,
-                      dim3(grid_size(p.x.size[0])), dim3(threads), 0, stream, p);
-             });
+  const RowPlan plan = plan_rows(p.x.size[1], pack_of(p.x), {p.x, p.residual, p.s, p.y});
+  visit_rows(plan, p.x.dtype, p.y.dtype, [&](auto tx, auto ty, auto pack, auto cached) {
+    using T = typename decltype(tx)::type;
+    using Y = typename decltype(ty)::type;
+    launch(layer_norm_fwd_kernel<T, Y, decltype(pack)::kValue, decltype(cached)::kValue>,
+           grid_of_rows(plan, p.x.size[0]), block_of_rows(plan), 0, stream, p);
+  });
 }
 
 int64_t layer_norm_bwd_workspace(int64_t r, int64_t n) {
-  return (r + chunk_rows_of(r) - 1) / chunk_rows_of(r) * 2 * n;
+  return chunks_of(r) * 2 * n;
 }
 
 void layer_norm_bwd(const LayerNormBwd& p, float* workspace, void* stream) {
-  const int64_t r = p.x.size[0], n = p.x.size[1];
-  const int64_t chunk_rows = chunk_rows_of(r), chunks = (r + chunk_rows - 1) / chunk_rows;
-  specialize(p.x, p.dy, {p.x, p.dy, p.ds, p.dx},
-             [&](auto tx, auto ty, auto pack, auto cached, int threads) {
-               using T = typename decltype(tx)::type;
-               using Y = typename decltype(ty)::type;
-               launch(layer_norm_bwd_kernel<T, Y, decltype(pack)::kValue, decltype(cached)::kValue>,
-                      dim3(grid_size(chunks)), dim3(threads), 0, stream, p, chunk_rows, workspace);
-             });
-  if (!p.dweight && !p.dbias) return;
-  constexpr int kThreads = 128;
-  launch(layer_norm_bwd_sum_kernel, dim3(grid_size((n + kThreads - 1) / kThreads)), dim3(kThreads),
-         0, stream, workspace, chunks, n, static_cast<float*>(p.dweight.data),
-         static_cast<float*>(p.dbias.data));
+  const int64_t r = p.x.size[0], n = p.x.size[1], chunks = chunks_of(r);
+  const RowPlan plan = plan_rows(n, pack_of(p.x, kBackwardPack), {p.x, p.dy, p.ds, p.dx});
+  visit_rows<kBackwardPack>(
+      plan, p.x.dtype, p.dy.dtype, [&](auto tx, auto ty, auto pack, auto cached) {
+        using T = typename decltype(tx)::type;
+        using Y = typename decltype(ty)::type;
+        launch(layer_norm_bwd_kernel<T, Y, decltype(pack)::kValue, decltype(cached)::kValue>,
+               dim3(grid_size(chunks)), dim3(plan.threads), 0, stream, p, chunk_rows_of(r),
+               workspace);
+      });
+  sum_chunks(workspace, chunks, 2 * n, n, p.dweight.data, stream);
+  sum_chunks(workspace + n, chunks, 2 * n, n, p.dbias.data, stream);
 }
 
 }  // namespace fastgpt::cuda

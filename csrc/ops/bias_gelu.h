@@ -26,4 +26,11 @@ void bias_gelu_fwd(const BiasGeluFwd& p);
 void bias_gelu_bwd(const BiasGeluBwd& p);
 }  // namespace cpu
 
+namespace cuda {
+void bias_gelu_fwd(const BiasGeluFwd& p, void* stream);
+// workspace: bias_gelu_bwd_workspace(r, n) floats.
+int64_t bias_gelu_bwd_workspace(int64_t r, int64_t n);
+void bias_gelu_bwd(const BiasGeluBwd& p, float* workspace, void* stream);
+}  // namespace cuda
+
 }  // namespace fastgpt

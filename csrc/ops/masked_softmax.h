@@ -31,4 +31,9 @@ void masked_softmax_fwd(const MaskedSoftmaxFwd& p);
 void masked_softmax_bwd(const MaskedSoftmaxBwd& p);
 }  // namespace cpu
 
+namespace cuda {
+void masked_softmax_fwd(const MaskedSoftmaxFwd& p, void* stream);
+void masked_softmax_bwd(const MaskedSoftmaxBwd& p, void* stream);
+}  // namespace cuda
+
 }  // namespace fastgpt

@@ -21,4 +21,9 @@ void softmax_fwd(const SoftmaxFwd& p);
 void softmax_bwd(const SoftmaxBwd& p);
 }  // namespace cpu
 
+namespace cuda {
+void softmax_fwd(const SoftmaxFwd& p, void* stream);
+void softmax_bwd(const SoftmaxBwd& p, void* stream);
+}  // namespace cuda
+
 }  // namespace fastgpt

@@ -71,6 +71,16 @@ inline void require(bool holds, const char* argument) {
                   ": unexpected shape, strides, dtype or device in a raw call");
 }
 
+// With a CUDA kernel beside the CPU's, raw calls may mix devices: the dispatcher takes the higher.
+inline bool on_device(const Tensor& x, const Tensor& t) {
+  if (x.is_cpu() || t.is_cpu()) return x.is_cpu() && t.is_cpu();
+  return t.get_device_index() == x.get_device_index();
+}
+
+inline bool on_device(const Tensor& x, const std::optional<Tensor>& t) {
+  return !t.has_value() || on_device(x, *t);
+}
+
 inline bool is_float(const TensorRef& t) {
   return t.dtype == DType::f32 || t.dtype == DType::bf16 || t.dtype == DType::f16;
 }

@@ -6,16 +6,6 @@
 namespace fastgpt::binding {
 namespace {
 
-// With a CUDA kernel beside the CPU's, raw calls may mix devices: the dispatcher takes the higher.
-bool on_device(const Tensor& x, const Tensor& t) {
-  if (x.is_cpu() || t.is_cpu()) return x.is_cpu() && t.is_cpu();
-  return t.get_device_index() == x.get_device_index();
-}
-
-bool on_device(const Tensor& x, const std::optional<Tensor>& t) {
-  return !t.has_value() || on_device(x, *t);
-}
-
 LayerNormFwd forward_params(const Tensor& x, const std::optional<Tensor>& weight,
                             const std::optional<Tensor>& bias, double eps, const Tensor& y,
                             const Tensor& mean, const Tensor& rstd) {

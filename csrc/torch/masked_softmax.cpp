@@ -1,6 +1,7 @@
 #include "csrc/ops/masked_softmax.h"
 
 #include "csrc/torch/common.h"
+#include "csrc/torch/cuda_stream.h"
 
 namespace fastgpt::binding {
 namespace {
@@ -10,9 +11,15 @@ Tensor masked_softmax_fwd(Tensor scores, double scale, bool causal, std::optiona
   Tensor y = empty(scores, {scores.size(0), scores.size(1), scores.size(2)},
                    result_dtype(scores, float_out));
   if (scores.numel() == 0) return y;
-  const TensorRef in = view_input(scores, "scores", 3);
-  const Band band{causal, window.value_or(0)};
-  cpu::masked_softmax_fwd({in, view(y), static_cast<float>(scale), band});
+  const MaskedSoftmaxFwd p{view_input(scores, "scores", 3), view(y), static_cast<float>(scale),
+                           Band{causal, window.value_or(0)}};
+  if (scores.is_cpu()) {
+    cpu::masked_softmax_fwd(p);
+  } else {
+#if defined(FASTGPT_CUDA)
+    cuda::masked_softmax_fwd(p, CudaStream(scores).get());
+#endif
+  }
   return y;
 }
 
@@ -23,9 +30,16 @@ Tensor masked_softmax_bwd(Tensor dy, Tensor y, double scale, bool causal,
   if (y.numel() == 0) return dscores;
   const TensorRef in = view_input(y, "y", 3), out = view(dscores);
   require(is_float(out) && (in.dtype == DType::f32 || in.dtype == out.dtype), "in_dtype");
-  const Band band{causal, window.value_or(0)};
-  cpu::masked_softmax_bwd(
-      {view_rows(dy, "dy", in.dtype, {r, sq, sk}), in, out, static_cast<float>(scale), band});
+  require(on_device(y, dy), "dy");
+  const MaskedSoftmaxBwd p{view_rows(dy, "dy", in.dtype, {r, sq, sk}), in, out,
+                           static_cast<float>(scale), Band{causal, window.value_or(0)}};
+  if (y.is_cpu()) {
+    cpu::masked_softmax_bwd(p);
+  } else {
+#if defined(FASTGPT_CUDA)
+    cuda::masked_softmax_bwd(p, CudaStream(y).get());
+#endif
+  }
   return dscores;
 }
 
@@ -35,5 +49,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("masked_softmax_fwd", TORCH_BOX(&masked_softmax_fwd));
   m.impl("masked_softmax_bwd", TORCH_BOX(&masked_softmax_bwd));
 }
+
+#if defined(FASTGPT_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
+  m.impl("masked_softmax_fwd", TORCH_BOX(&masked_softmax_fwd));
+  m.impl("masked_softmax_bwd", TORCH_BOX(&masked_softmax_bwd));
+}
+#endif
 
 }  // namespace fastgpt::binding
