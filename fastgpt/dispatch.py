@@ -55,7 +55,7 @@ TABLE: dict[str, dict[str, Cell]] = {
     "softmax": {**_ROWS, "cuda": Cell(NATIVE_DTYPES), "triton": Cell(NATIVE_DTYPES)},
     "masked_softmax": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
     "bias_gelu": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
-    "cross_entropy": _ROWS,
+    "cross_entropy": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
     "linear_cross_entropy": _ROWS,
 }
 """op -> backend -> what its kernel accepts. Absent cell: no such kernel."""

@@ -62,4 +62,11 @@ void cross_entropy_finish(const CrossEntropyFinish& p);
 void cross_entropy_bwd(const CrossEntropyBwd& p);
 }  // namespace cpu
 
+namespace cuda {
+void cross_entropy_absorb(const CrossEntropyAbsorb& p, void* stream);
+void cross_entropy_finish(const CrossEntropyFinish& p, void* stream);
+// workspace: one double.
+void cross_entropy_bwd(const CrossEntropyBwd& p, double* workspace, void* stream);
+}  // namespace cuda
+
 }  // namespace fastgpt

@@ -20,12 +20,20 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target,
   check_targets(target, x.size(0), options);
   const std::optional<Tensor> weights = widened(weight);
   const TensorRef class_weights = view_parameter(weights, "weight", options.classes);
-  std::vector<CrossEntropyRow> rows(x.size(0));
+  require(on_device(x, target) && on_device(x, weight), "target, weight");
+  const Tensor rows = empty_rows(x, x.size(0));
   if (x.numel() != 0) {
-    cpu::cross_entropy_absorb(
-        {view_input(x, "x", 2), view(target), class_weights, 0, options, rows.data()});
+    const CrossEntropyAbsorb p{view_input(x, "x", 2), view(target), class_weights, 0, options,
+                               row_states(rows)};
+    if (x.is_cpu()) {
+      cpu::cross_entropy_absorb(p);
+    } else {
+#if defined(FASTGPT_CUDA)
+      cuda::cross_entropy_absorb(p, CudaStream(x).get());
+#endif
+    }
   }
-  const CrossEntropyResult result = finish(target, class_weights, options, rows.data());
+  const CrossEntropyResult result = finish(target, class_weights, options, rows);
   return {result.loss, result.lse, result.weight_sum};
 }
 
@@ -38,11 +46,26 @@ Tensor cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, std::optional<Te
   check_targets(target, r, options);
   const std::optional<Tensor> weights = widened(weight);
   Tensor dx = empty(x, {r, x.size(1)});
-  if (x.numel() != 0) {
-    cpu::cross_entropy_bwd(
-        {view_dloss(dloss, r, options.reduction), view_input(x, "x", 2), view(target),
-         view_parameter(weights, "weight", options.classes), view_flat(lse, "lse", DType::f64, {r}),
-         view_flat(weight_sum, "weight_sum", DType::f32, {}), view(dx), 0, options});
+  require(on_device(x, target) && on_device(x, weight) && on_device(x, dloss) &&
+              on_device(x, lse) && on_device(x, weight_sum),
+          "x");
+  if (x.numel() == 0) return dx;
+  const CrossEntropyBwd p{view_dloss(dloss, r, options.reduction),
+                          view_input(x, "x", 2),
+                          view(target),
+                          view_parameter(weights, "weight", options.classes),
+                          view_flat(lse, "lse", DType::f64, {r}),
+                          view_flat(weight_sum, "weight_sum", DType::f32, {}),
+                          view(dx),
+                          0,
+                          options};
+  if (x.is_cpu()) {
+    cpu::cross_entropy_bwd(p);
+  } else {
+#if defined(FASTGPT_CUDA)
+    Tensor workspace = empty(x, {1}, ScalarType::Double);
+    cuda::cross_entropy_bwd(p, static_cast<double*>(workspace.data_ptr()), CudaStream(x).get());
+#endif
   }
   return dx;
 }
@@ -53,5 +76,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd));
   m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd));
 }
+
+#if defined(FASTGPT_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
+  m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd));
+}
+#endif
 
 }  // namespace fastgpt::binding

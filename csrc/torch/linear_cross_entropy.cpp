@@ -97,14 +97,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd(Tensor x, Tensor wei
   check_targets(target, x.size(0), options);
   const Blocks blocks(x, weight, bias);
   const TensorRef targets = view(target);
-  std::vector<CrossEntropyRow> rows(x.size(0));
+  const Tensor rows = empty_rows(x, x.size(0));
   blocks.over_classes([&](int64_t j, int64_t classes) {
     blocks.over_rows([&](int64_t i, int64_t count) {
       cpu::cross_entropy_absorb({blocks.logits(i, count, j, classes), rows_of(targets, i, count),
-                                 TensorRef{}, j, options, rows.data() + i});
+                                 TensorRef{}, j, options, row_states(rows) + i});
     });
   });
-  const CrossEntropyResult result = finish(target, TensorRef{}, options, rows.data());
+  const CrossEntropyResult result = finish(target, TensorRef{}, options, rows);
   return {result.loss, result.lse, result.weight_sum};
 }
 

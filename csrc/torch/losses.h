@@ -3,12 +3,15 @@
 
 #include "csrc/ops/cross_entropy.h"
 #include "csrc/torch/common.h"
+#include "csrc/torch/cuda_stream.h"
 
 namespace fastgpt::binding {
 
-// Every target is a class or ignore_index, or Python raises a ValueError that says which is not.
+// Every target is a class or ignore_index, or Python raises a ValueError that says which is not. On
+// a GPU the kernels look.
 inline void check_targets(const Tensor& target, int64_t r, const CrossEntropyOptions& o) {
   const TensorRef checked = view_flat(target, "target", DType::i64, {r});
+  if (!target.is_cpu()) return;
   const int64_t* classes = static_cast<const int64_t*>(checked.data);
   for (int64_t i = 0; i < r; ++i) {
     if ((classes[i] >= 0 && classes[i] < o.classes) || classes[i] == o.ignore_index) continue;
@@ -26,16 +29,34 @@ struct CrossEntropyResult {
   Tensor loss, lse, weight_sum;
 };
 
+// Memory for the states of r rows, where the kernels work.
+inline Tensor empty_rows(const Tensor& like, int64_t r) {
+  static_assert(sizeof(CrossEntropyRow) % sizeof(double) == 0);
+  constexpr int64_t kDoubles = sizeof(CrossEntropyRow) / sizeof(double);
+  return empty(like, {r * kDoubles}, ScalarType::Double);
+}
+
+inline CrossEntropyRow* row_states(const Tensor& rows) {
+  return static_cast<CrossEntropyRow*>(rows.data_ptr());
+}
+
 // The result of rows that have absorbed all their classes.
 inline CrossEntropyResult finish(const Tensor& target, const TensorRef& weight,
-                                 const CrossEntropyOptions& o, const CrossEntropyRow* rows) {
+                                 const CrossEntropyOptions& o, const Tensor& rows) {
   const int64_t r = target.size(0);
   Tensor row_loss = empty(target, {r}, ScalarType::Float);
   Tensor loss = empty(target, {}, ScalarType::Float);
   Tensor lse = empty(target, {r}, ScalarType::Double);
   Tensor weight_sum = empty(target, {}, ScalarType::Float);
-  cpu::cross_entropy_finish(
-      {rows, view(target), weight, o, view(row_loss), view(loss), view(lse), view(weight_sum)});
+  const CrossEntropyFinish p{row_states(rows), view(target), weight,    o,
+                             view(row_loss),   view(loss),   view(lse), view(weight_sum)};
+  if (target.is_cpu()) {
+    cpu::cross_entropy_finish(p);
+  } else {
+#if defined(FASTGPT_CUDA)
+    cuda::cross_entropy_finish(p, CudaStream(target).get());
+#endif
+  }
   return {o.reduction == Reduction::none ? row_loss : loss, lse, weight_sum};
 }
 
