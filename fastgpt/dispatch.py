@@ -55,7 +55,7 @@ TABLE: dict[str, dict[str, Cell]] = {
     "add_layer_norm": {**_TRITON, "cuda": Cell(NATIVE_DTYPES)},
     "softmax": _TRITON,
     "masked_softmax": _ROWS,
-    "bias_gelu": _ROWS,
+    "bias_gelu": _TRITON,
     "cross_entropy": _ROWS,
     "linear_cross_entropy": _ROWS,
 }

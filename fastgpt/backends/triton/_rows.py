@@ -83,10 +83,10 @@ PARTIAL_TILES = 4
 """The fewest tiles that one of them takes, or writing its sums would cost more than reading."""
 
 
-def partial_tiles(r: int, rows: int) -> tuple[int, int]:
+def partial_tiles(r: int, rows: int, programs: int = PARTIALS) -> tuple[int, int]:
     """How many tiles of `rows` rows each program takes, and how many programs that makes."""
     tiles = ceil_div(r, rows)
-    each = max(PARTIAL_TILES, ceil_div(tiles, PARTIALS))
+    each = max(PARTIAL_TILES, ceil_div(tiles, programs))
     return each, ceil_div(tiles, each)
 
 
