@@ -54,7 +54,7 @@ TABLE: dict[str, dict[str, Cell]] = {
     "layer_norm": {**_TRITON, "cuda": Cell(NATIVE_DTYPES)},
     "add_layer_norm": {**_TRITON, "cuda": Cell(NATIVE_DTYPES)},
     "softmax": _TRITON,
-    "masked_softmax": _ROWS,
+    "masked_softmax": _TRITON,
     "bias_gelu": _TRITON,
     "cross_entropy": _ROWS,
     "linear_cross_entropy": _ROWS,

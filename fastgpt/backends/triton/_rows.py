@@ -42,10 +42,10 @@ class RowsConfig:
 
 
 @functools.cache
-def rows_config(n: int) -> RowsConfig:
+def rows_config(n: int, tile: int = TILE) -> RowsConfig:
     whole = n <= WHOLE_ROW
     block = next_power_of_2(max(n, 1)) if whole else LONG_BLOCK
-    rows = max(1, TILE // block)
+    rows = max(1, tile // block)
     return RowsConfig(whole, rows, block, num_warps=min(16, max(4, rows * block // 512)))
 
 
