@@ -43,19 +43,22 @@ class Cell:
         return None
 
 
-_ROWS = {"cpu": Cell(NATIVE_DTYPES), "reference": Cell(REFERENCE_DTYPES)}
-_TRITON = {**_ROWS, "triton": Cell(NATIVE_DTYPES)}
+_ROWS = {
+    "cpu": Cell(NATIVE_DTYPES),
+    "triton": Cell(NATIVE_DTYPES),
+    "reference": Cell(REFERENCE_DTYPES),
+}
 _HEADS = {"cpu": Cell(NATIVE_DTYPES, max_head_dim=256), "reference": Cell(REFERENCE_DTYPES)}
 
 TABLE: dict[str, dict[str, Cell]] = {
     "attention": _HEADS,
     "varlen_attention": _HEADS,
     "decode_attention": _HEADS,
-    "layer_norm": {**_TRITON, "cuda": Cell(NATIVE_DTYPES)},
-    "add_layer_norm": {**_TRITON, "cuda": Cell(NATIVE_DTYPES)},
-    "softmax": _TRITON,
-    "masked_softmax": _TRITON,
-    "bias_gelu": _TRITON,
+    "layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
+    "add_layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
+    "softmax": _ROWS,
+    "masked_softmax": _ROWS,
+    "bias_gelu": _ROWS,
     "cross_entropy": _ROWS,
     "linear_cross_entropy": _ROWS,
 }

@@ -121,11 +121,11 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
 def host_checks(backend: str, tensor: Tensor) -> bool:
     """Whether Python must check the contents of `tensor`: offsets, lengths, class indices.
 
-    The cpu kernels check what they read, so that only the reference backend needs it on a CPU.
+    The cpu kernels check what they read, so that only the other backends need it on a CPU.
     On a GPU it would wait for the device, and runs with FASTGPT_CHECK=1 alone.
     """
     if torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
     if tensor.device.type == "cpu":
-        return backend == "reference"
+        return backend != "cpu"
     return tensor.device.type != "meta" and os.environ.get("FASTGPT_CHECK") == "1"
