@@ -24,9 +24,3 @@ def rounded(x, dtype: tl.constexpr):
     else:
         y = x.to(dtype)
     return y
-
-
-@triton.jit
-def multiple(count, UNIT: tl.constexpr):
-    """count, which UNIT divides, in a form that tells the compiler so: loads become wide."""
-    return count // UNIT * UNIT

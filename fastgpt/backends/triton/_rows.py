@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.backends.triton import interpreted
-from fastgpt.backends.triton._blocks import multiple
 from fastgpt.backends.triton._launch import ceil_div, launch, next_power_of_2
 
 WHOLE_ROW = 16384
@@ -66,9 +65,10 @@ def split_rows_config(n: int) -> RowsConfig:
 
 
 def unit(*counts: int) -> int:
-    """The largest power of two up to WIDEST that divides a row's length and all its strides.
+    """The largest power of two up to WIDEST that divides all.
 
-    Triton itself asks for 16 alone, and would read the rows of GPT-3 13B, of 5140, bf16 by bf16.
+    Kernels write `n // UNIT * UNIT` for n, which tells the compiler how wide it may read. Triton
+    itself asks for 16 alone, and would read rows of 5140 (GPT-3 13B) element by element.
     """
     size = WIDEST
     while any(count % size for count in counts):
@@ -86,7 +86,7 @@ PARTIAL_TILES = 4
 def partial_tiles(r: int, rows: int, programs: int = PARTIALS) -> tuple[int, int]:
     """How many tiles of `rows` rows each program takes, and how many programs that makes."""
     tiles = ceil_div(r, rows)
-    each = max(PARTIAL_TILES, ceil_div(tiles, programs))
+    each = min(max(PARTIAL_TILES, ceil_div(tiles, programs)), max(tiles, 1))
     return each, ceil_div(tiles, each)
 
 
@@ -99,7 +99,7 @@ SUM_COLUMNS = 1024 if interpreted() else 32
 def column_sums_kernel(
     g_x, g_sum, r, n, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    n = multiple(n, UNIT)
+    n = n // UNIT * UNIT
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, r, ROWS):

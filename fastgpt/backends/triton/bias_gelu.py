@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.backends.triton._blocks import LOG2E, multiple, rounded
+from fastgpt.backends.triton._blocks import LOG2E, rounded
 from fastgpt.backends.triton._launch import ceil_div, launch, next_power_of_2
 from fastgpt.backends.triton._rows import PARTIALS, column_sums, partial_tiles, unit
 
@@ -83,11 +83,11 @@ def bias_gelu_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n = multiple(n, UNIT)
+    n = n // UNIT * UNIT
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
     rows = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)[:, None]
     seen = (rows < r) & (columns < n)
-    g_x += rows.to(tl.int64) * multiple(x_stride, STRIDE_UNIT)
+    g_x += rows.to(tl.int64) * (x_stride // STRIDE_UNIT * STRIDE_UNIT)
     z = tl.load(g_x + columns, mask=seen, other=0.0).to(tl.float32)
     z += _bias(g_bias, columns, n, BIAS, BLOCK)
     g_y += rows.to(tl.int64) * n
@@ -115,7 +115,7 @@ def bias_gelu_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n = multiple(n, UNIT)
+    n = n // UNIT * UNIT
     chunk = tl.program_id(0) // blocks
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
     b = _bias(g_bias, columns, n, BIAS, BLOCK)
@@ -123,8 +123,8 @@ def bias_gelu_bwd_kernel(
     for tile in range(tiles):
         rows = ((chunk * tiles + tile) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         seen = (rows < r) & (columns < n)
-        g_xs = g_x + rows * multiple(x_stride, STRIDE_UNIT)
-        g_dys = g_dy + rows * multiple(dy_stride, STRIDE_UNIT)
+        g_xs = g_x + rows * (x_stride // STRIDE_UNIT * STRIDE_UNIT)
+        g_dys = g_dy + rows * (dy_stride // STRIDE_UNIT * STRIDE_UNIT)
         z = tl.load(g_xs + columns, mask=seen, other=0.0).to(tl.float32) + b
         dy = tl.load(g_dys + columns, mask=seen, other=0.0).to(tl.float32)
         dx = dy * _gelu_derivative(z, TANH)
@@ -175,8 +175,9 @@ def bias_gelu_bwd(
     r, n = x.shape
     dx = x.new_empty((r, n))
     rows, block, blocks = _tile(n)
-    # Twice as many programs as where each holds a whole row: they keep fewer registers.
-    tiles, chunks = partial_tiles(r, rows, ceil_div(2 * PARTIALS, max(blocks, 1)))
+    # Several waves of small programs: more of them fit on a multiprocessor than where each holds a
+    # whole row, and how many depends on the GPU.
+    tiles, chunks = partial_tiles(r, rows, ceil_div(4 * PARTIALS, max(blocks, 1)))
     partial = x.new_empty((chunks, n if need_dbias else 0), dtype=torch.float32)
     launch(
         bias_gelu_bwd_kernel,

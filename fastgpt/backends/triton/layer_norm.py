@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.backends.triton._blocks import multiple, rounded
+from fastgpt.backends.triton._blocks import rounded
 from fastgpt.backends.triton._launch import ceil_div, launch
 from fastgpt.backends.triton._rows import (
     RowsConfig,
@@ -77,11 +77,11 @@ def layer_norm_fwd_kernel(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    n = multiple(n, UNIT)
+    n = n // UNIT * UNIT
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     wide_rows = rows.to(tl.int64)
-    g_x += wide_rows * multiple(x_stride, STRIDE_UNIT)  # (ROWS, 1)
-    g_residual += wide_rows * multiple(residual_stride, STRIDE_UNIT)
+    g_x += wide_rows * (x_stride // STRIDE_UNIT * STRIDE_UNIT)  # (ROWS, 1)
+    g_residual += wide_rows * (residual_stride // STRIDE_UNIT * STRIDE_UNIT)
     g_y += wide_rows * n
     g_s += wide_rows * n
     inside = rows < r
@@ -182,7 +182,7 @@ def layer_norm_bwd_kernel(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    n = multiple(n, UNIT)
+    n = n // UNIT * UNIT
     # Of each program first the n sums of dweight, then those of dbias.
     g_dweight = g_partial + tl.program_id(0).to(tl.int64) * (n * (DWEIGHT + DBIAS))
     g_dbias = g_dweight + n * DWEIGHT
@@ -203,9 +203,9 @@ def layer_norm_bwd_kernel(
         rstd = tl.load(g_rstd + rows, mask=rows < r, other=0.0)[:, None]
         inside = rows[:, None] < r
         wide_rows = rows.to(tl.int64)[:, None]
-        g_xs = g_x + wide_rows * multiple(x_stride, STRIDE_UNIT)
-        g_dys = g_dy + wide_rows * multiple(dy_stride, STRIDE_UNIT)
-        g_dss = g_ds + wide_rows * multiple(ds_stride, STRIDE_UNIT)
+        g_xs = g_x + wide_rows * (x_stride // STRIDE_UNIT * STRIDE_UNIT)
+        g_dys = g_dy + wide_rows * (dy_stride // STRIDE_UNIT * STRIDE_UNIT)
+        g_dss = g_ds + wide_rows * (ds_stride // STRIDE_UNIT * STRIDE_UNIT)
         g_dxs = g_dx + wide_rows * n
         if WHOLE and TAIL == 0:
             seen = inside & (head < n)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.backends.triton import interpreted
-from fastgpt.backends.triton._blocks import LOG2E, multiple, rounded
+from fastgpt.backends.triton._blocks import LOG2E, rounded
 from fastgpt.backends.triton._launch import ceil_div, launch
 from fastgpt.backends.triton._rows import RowsConfig, rows_config, unit
 
@@ -84,12 +84,12 @@ def masked_softmax_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sk = multiple(sk, UNIT)
+    sk = sk // UNIT * UNIT
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = rows < r
     matrix, row = rows // sq, rows % sq
-    g_x += matrix.to(tl.int64) * multiple(x_matrix, STRIDE_UNIT)
-    g_x += row.to(tl.int64) * multiple(x_stride, STRIDE_UNIT)
+    g_x += matrix.to(tl.int64) * (x_matrix // STRIDE_UNIT * STRIDE_UNIT)
+    g_x += row.to(tl.int64) * (x_stride // STRIDE_UNIT * STRIDE_UNIT)
     g_y += rows.to(tl.int64) * sk
     low, high = _band(row, sq, sk, window, CAUSAL, BANDED)
     high = tl.where(inside, high, 0)
@@ -150,14 +150,14 @@ def masked_softmax_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sk = multiple(sk, UNIT)
+    sk = sk // UNIT * UNIT
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = rows < r
     matrix, row = rows // sq, rows % sq
-    g_dy += matrix.to(tl.int64) * multiple(dy_matrix, STRIDE_UNIT)
-    g_dy += row.to(tl.int64) * multiple(dy_stride, STRIDE_UNIT)
-    g_y += matrix.to(tl.int64) * multiple(y_matrix, STRIDE_UNIT)
-    g_y += row.to(tl.int64) * multiple(y_stride, STRIDE_UNIT)
+    g_dy += matrix.to(tl.int64) * (dy_matrix // STRIDE_UNIT * STRIDE_UNIT)
+    g_dy += row.to(tl.int64) * (dy_stride // STRIDE_UNIT * STRIDE_UNIT)
+    g_y += matrix.to(tl.int64) * (y_matrix // STRIDE_UNIT * STRIDE_UNIT)
+    g_y += row.to(tl.int64) * (y_stride // STRIDE_UNIT * STRIDE_UNIT)
     g_dx += rows.to(tl.int64) * sk
     low, high = _band(row, sq, sk, window, CAUSAL, BANDED)
     high = tl.where(inside, high, 0)
