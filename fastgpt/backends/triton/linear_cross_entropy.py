@@ -9,6 +9,9 @@ Flops: 2 r v c forward, 6 r v c backward (the logits are computed again).
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,6 +56,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.to(torch.float32), b.to(torch.float32))
 
 
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     logits = _product(x, weight.T)
     return logits if bias is None else logits.add_(bias)
@@ -76,7 +83,7 @@ def linear_cross_entropy_fwd(
     check_classes("triton", target, v, ignore_index)
     loss, lse, weight_sum = loss_outputs(x, reduction)
     row_loss = loss if reduction == NONE else x.new_empty(r, dtype=torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x):
         for rows in _row_blocks(x):
             state = x.new_empty((5, rows.stop - rows.start), dtype=torch.float32)
             for first, count in _class_blocks(weight):
@@ -127,7 +134,7 @@ def linear_cross_entropy_bwd(
     options = (ignore_index, NONE if each else SUM, label_smoothing)
     row_blocks = _row_blocks(x)
     dx_sums: list[Tensor | None] = [None] * len(row_blocks)
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x):
         for first, count in _class_blocks(weight):
             at = slice(first, first + count)
             own_bias = None if bias is None else bias[at]
