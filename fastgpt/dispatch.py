@@ -43,19 +43,24 @@ class Cell:
         return None
 
 
-_ROWS = {"cpu": Cell(NATIVE_DTYPES), "reference": Cell(REFERENCE_DTYPES)}
+_ROWS = {
+    "cpu": Cell(NATIVE_DTYPES),
+    "triton": Cell(NATIVE_DTYPES),
+    "reference": Cell(REFERENCE_DTYPES),
+}
+_ROWS_CUDA = {**_ROWS, "cuda": Cell(NATIVE_DTYPES)}
 _HEADS = {"cpu": Cell(NATIVE_DTYPES, max_head_dim=256), "reference": Cell(REFERENCE_DTYPES)}
 
 TABLE: dict[str, dict[str, Cell]] = {
     "attention": _HEADS,
     "varlen_attention": _HEADS,
     "decode_attention": _HEADS,
-    "layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
-    "add_layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
-    "softmax": {**_ROWS, "cuda": Cell(NATIVE_DTYPES), "triton": Cell(NATIVE_DTYPES)},
-    "masked_softmax": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
-    "bias_gelu": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
-    "cross_entropy": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
+    "layer_norm": _ROWS_CUDA,
+    "add_layer_norm": _ROWS_CUDA,
+    "softmax": _ROWS_CUDA,
+    "masked_softmax": _ROWS_CUDA,
+    "bias_gelu": _ROWS_CUDA,
+    "cross_entropy": _ROWS_CUDA,
     "linear_cross_entropy": _ROWS,
 }
 """op -> backend -> what its kernel accepts. Absent cell: no such kernel."""

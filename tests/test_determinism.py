@@ -1,7 +1,8 @@
 """The same bits on any number of threads and in any batch, of every compiled backend.
 
 The reference backend is exempt from both: it is made of torch's matrix products and sums, whose
-blocking depends on the shape of the whole batch and on the threads.
+blocking depends on the shape of the whole batch and on the threads. So is linear_cross_entropy on
+Triton, for its matrix products.
 """
 
 from __future__ import annotations
@@ -30,9 +31,15 @@ MANY_TILES = {
     "varlen_attention": ("just_over_block", "prime_lengths"),
 }
 
+OWN_KERNELS = [
+    param
+    for param in every(compiled_only=True)
+    if (param.values[0].op, param.values[1]) != ("linear_cross_entropy", "triton")
+]
+
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize(("spec", "backend"), every(compiled_only=True))
+@pytest.mark.parametrize(("spec", "backend"), OWN_KERNELS)
 def test_thread_count_changes_no_bit(spec: OpSpec, backend: str, dtype) -> None:
     skip_unless_runs(spec.op, backend, dtype)
     for name in MANY_TILES.get(spec.op, spec.rows.cases):
@@ -48,7 +55,7 @@ def test_thread_count_changes_no_bit(spec: OpSpec, backend: str, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize(("spec", "backend"), every(compiled_only=True))
+@pytest.mark.parametrize(("spec", "backend"), OWN_KERNELS)
 def test_batch_changes_no_bit(spec: OpSpec, backend: str, dtype) -> None:
     skip_unless_runs(spec.op, backend, dtype)
     for name in spec.rows.cases:

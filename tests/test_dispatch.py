@@ -13,7 +13,7 @@ import torch
 import fastgpt
 from fastgpt import dispatch
 from fastgpt import functional as F
-from fastgpt.backends import native
+from fastgpt.backends import native, triton
 from tests.contract import device_of
 
 ROWS = torch.randn(3, 8)
@@ -63,6 +63,8 @@ def test_forced_backend_runs_or_raises(op: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_forced_gpu_backend_refuses_cpu_tensors(backend: str) -> None:
+    if backend == "triton" and triton.interpreted():
+        pytest.skip("Triton's interpreter takes them")
     with fastgpt.backend(backend), pytest.raises(RuntimeError, match=backend):
         F.layer_norm(ROWS, 8)
 

@@ -13,14 +13,21 @@ from torch import Tensor
 
 import fastgpt
 from fastgpt import functional as F
-from tests.contract import skip_unless_runs
+from tests.contract import device_of, skip_unless_runs
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "reference"])
+ROW_BACKENDS = pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 sizes = st.integers(1, 70)
 seeds = st.integers(0, 2**32 - 1)
 heads = st.sampled_from([(1, 1), (4, 2), (3, 1)])
 head_dims = st.sampled_from([1, 8, 17, 64])
+
+
+def skip_unless_runs_here(op: str, backend: str) -> None:
+    skip_unless_runs(op, backend)
+    if device_of(backend) != "cpu":
+        pytest.skip(f"{backend} takes tensors on a GPU, these are on the CPU")
 
 
 def normal(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -238,11 +245,11 @@ def test_key_heads_are_shared_as_if_repeated(backend, seed, s, d) -> None:
         close(F.attention(q, k, v), F.attention(q, *repeated))
 
 
-@BACKENDS
+@ROW_BACKENDS
 @quick
 @given(data=st.data(), seed=seeds, sq=sizes, sk=sizes, causal=st.booleans())
 def test_masked_softmax_rows_sum_to_one_inside_the_band(backend, data, seed, sq, sk, causal):
-    skip_unless_runs("masked_softmax", backend)
+    skip_unless_runs_here("masked_softmax", backend)
     window = data.draw(st.none() | windows(max(sq, sk)))
     (scores,) = normal(seed, (2, sq, sk))
     with fastgpt.backend(backend):
@@ -254,11 +261,11 @@ def test_masked_softmax_rows_sum_to_one_inside_the_band(backend, data, seed, sq,
     close(p.sum(-1), seen.any(-1).float().expand(2, sq))
 
 
-@BACKENDS
+@ROW_BACKENDS
 @quick
 @given(seed=seeds, rows=st.integers(1, 9), n=st.integers(1, 300), shift=st.integers(-500, 500))
 def test_softmax_sums_to_one_and_ignores_a_shift(backend, seed, rows, n, shift) -> None:
-    skip_unless_runs("softmax", backend)
+    skip_unless_runs_here("softmax", backend)
     (x,) = normal(seed, (rows, n))
     x = (x * 64).round() / 64  # so that adding an integer is exact
     with fastgpt.backend(backend):
@@ -268,11 +275,11 @@ def test_softmax_sums_to_one_and_ignores_a_shift(backend, seed, rows, n, shift) 
     close(y.sum(-1), torch.ones(rows))
 
 
-@BACKENDS
+@ROW_BACKENDS
 @quick
 @given(seed=seeds, rows=st.integers(1, 9), n=st.integers(2, 300), scale=st.sampled_from([0.5, 8.0]))
 def test_layer_norm_ignores_shift_and_scale(backend, seed, rows, n, scale) -> None:
-    skip_unless_runs("layer_norm", backend)
+    skip_unless_runs_here("layer_norm", backend)
     (x,) = normal(seed, (rows, n))
     x = x + torch.linspace(-3, 3, n)  # a variance that is never 0
     with fastgpt.backend(backend):
@@ -282,7 +289,7 @@ def test_layer_norm_ignores_shift_and_scale(backend, seed, rows, n, scale) -> No
     close(y.square().mean(-1), torch.ones(rows), 10)
 
 
-@BACKENDS
+@ROW_BACKENDS
 @quick
 @given(
     data=st.data(),
@@ -295,7 +302,7 @@ def test_layer_norm_ignores_shift_and_scale(backend, seed, rows, n, scale) -> No
 def test_cross_entropy_gradient_of_a_row_sums_to_zero(
     backend, data, seed, n, v, reduction, smoothing
 ):
-    skip_unless_runs("cross_entropy", backend)
+    skip_unless_runs_here("cross_entropy", backend)
     (x,) = normal(seed, (n, v))
     x.requires_grad_()
     target = torch.tensor(data.draw(st.lists(st.integers(0, v - 1), min_size=n, max_size=n)))
@@ -306,11 +313,11 @@ def test_cross_entropy_gradient_of_a_row_sums_to_zero(
     assert (loss >= 0).all()
 
 
-@BACKENDS
+@ROW_BACKENDS
 @quick
 @given(data=st.data(), seed=seeds, n=st.integers(1, 40), v=st.integers(1, 90))
 def test_fused_projection_is_the_loss_of_its_logits(backend, data, seed, n, v) -> None:
-    skip_unless_runs("linear_cross_entropy", backend)
+    skip_unless_runs_here("linear_cross_entropy", backend)
     x, weight, bias = normal(seed, (n, 12), (v, 12), (v,))
     target = torch.tensor(data.draw(st.lists(st.integers(0, v - 1), min_size=n, max_size=n)))
     with fastgpt.backend(backend):

@@ -10,6 +10,7 @@ from fastgpt.ops._checks import (
     check_same_device,
     check_shape,
     check_tensor,
+    host_checks,
     statistics_dtype,
 )
 
@@ -34,6 +35,19 @@ def check_target(target: Tensor, input: Tensor, shape: tuple[int, ...], layout: 
         raise TypeError(f"target: expected dtype int64 (or uint8), got {target.dtype}")
     check_shape("target", target, shape, layout)
     check_same_device("target", target, "input", input)
+
+
+def check_classes(backend: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """ValueError unless each target is a class or ignore_index, where the host may look."""
+    if not host_checks(backend, target):
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        raise ValueError(
+            f"target[{i}]: expected a class from 0 to {classes - 1} "
+            f"or ignore_index {ignore_index}, got {int(target[i])}"
+        )
 
 
 def loss_dtype(input: Tensor, autocast: bool) -> torch.dtype:

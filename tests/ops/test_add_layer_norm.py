@@ -18,6 +18,7 @@ from tests.contract import (
     OpSpec,
     Results,
     check_contract,
+    device_of,
     first_axis,
     grid,
     make,
@@ -35,6 +36,7 @@ def case(
     bias: bool = True,
     shift: float = 0.0,
     parameter_dtype: torch.dtype | None = None,
+    dtypes: tuple[torch.dtype, ...] = LOW_DTYPES,
 ) -> Case:
     """x and residual of `shape`, normalized over the last dimension."""
 
@@ -49,7 +51,7 @@ def case(
             "eps": 1e-5,
         }
 
-    return Case(id, make)
+    return Case(id, make, dtypes=dtypes)
 
 
 CASES = (
@@ -63,6 +65,7 @@ CASES = (
     case("no_weight_no_bias", 6, 48, weight=False, bias=False),
     case("float32_parameters", 6, 48, parameter_dtype=torch.float32),
     case("gpt3_13b", 3, 5140),
+    case("just_over_what_registers_hold", 2, 16387, dtypes=(torch.float16,)),
 )
 
 
@@ -112,10 +115,12 @@ def test_contract(backend: str, dtype: torch.dtype, case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_is_layer_norm_of_the_sum_bit_for_bit(backend: str, dtype: torch.dtype) -> None:
     skip_unless_runs("add_layer_norm", backend, dtype)
     inputs = make(SPEC, SPEC.case("prime"), dtype)
+    device = device_of(backend)
+    inputs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
     with fastgpt.backend(backend):
         y, s = F.add_layer_norm(**inputs)
         rest = {name: inputs[name] for name in ("normalized_shape", "weight", "bias", "eps")}

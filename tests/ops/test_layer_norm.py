@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgpt import functional as F
 from tests.contract import (
+    LOW_DTYPES,
     Case,
     Inputs,
     OpSpec,
@@ -30,6 +31,7 @@ def case(
     bias: bool = True,
     shift: float = 0.0,
     parameter_dtype: torch.dtype | None = None,
+    dtypes: tuple[torch.dtype, ...] = LOW_DTYPES,
 ) -> Case:
     """x of `shape`, normalized over its last `trailing` dimensions."""
 
@@ -44,7 +46,7 @@ def case(
             "eps": 1e-5,
         }
 
-    return Case(id, make)
+    return Case(id, make, dtypes=dtypes)
 
 
 CASES = (
@@ -61,6 +63,7 @@ CASES = (
     case("bias_only", 6, 48, weight=False),
     case("float32_parameters", 6, 48, parameter_dtype=torch.float32),
     case("gpt3_13b", 3, 5140),
+    case("gpt3_175b", 2, 12288, dtypes=(torch.bfloat16,)),
 )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastgpt import functional as F
 from tests.attention_in_torch import band
 from tests.contract import (
+    LOW_DTYPES,
     Case,
     Inputs,
     OpSpec,
@@ -29,7 +30,12 @@ def hidden(inputs: Inputs) -> Inputs:
 
 
 def case(
-    id: str, *shape: int, causal: bool = True, window: int | None = None, scale: float = 0.3
+    id: str,
+    *shape: int,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float = 0.3,
+    dtypes: tuple[torch.dtype, ...] = LOW_DTYPES,
 ) -> Case:
     def make(g: torch.Generator, dtype: torch.dtype) -> Inputs:
         return {
@@ -39,7 +45,7 @@ def case(
             "window": window,
         }
 
-    return Case(id, make, hidden)
+    return Case(id, make, hidden, dtypes)
 
 
 CASES = (
@@ -60,6 +66,7 @@ CASES = (
     case("all_keys", 1, 2, 10, 31, causal=False),
     case("peaked", 1, 2, 24, 24, scale=8.0),
     case("gpt3_window", 1, 1, 300, 300, window=256, scale=128**-0.5),
+    case("just_over_what_registers_hold", 1, 2, 16500, window=16390, dtypes=(torch.bfloat16,)),
 )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt.ops._checks import host_checks, statistics_dtype
+from fastgpt.ops._checks import statistics_dtype
+from fastgpt.ops._losses import check_classes
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -74,13 +75,6 @@ def cross_entropy_bwd(
 
 def _targets(target: Tensor, v: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Which rows count, and their classes with 0 for the rows that do not."""
+    check_classes("reference", target, v, ignore_index)
     kept = target != ignore_index
-    if host_checks("reference", target):
-        bad = kept & ((target < 0) | (target >= v))
-        if bool(bad.any()):
-            i = int(bad.nonzero()[0])
-            raise ValueError(
-                f"target[{i}]: expected a class from 0 to {v - 1} "
-                f"or ignore_index {ignore_index}, got {int(target[i])}"
-            )
     return kept, torch.where(kept, target, 0)
