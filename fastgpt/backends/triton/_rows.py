@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
-from fastgpt.backends.triton._launch import next_power_of_2
+from fastgpt.backends.triton._launch import next_power_of_2, remembered
 
 WHOLE_ROW = 16384
 """The longest row that a program holds in registers: 32 floats a thread of 16 warps."""
@@ -28,7 +27,7 @@ class RowsConfig:
         return {"WHOLE": self.whole, "ROWS": self.rows, "BLOCK": self.block}
 
 
-@functools.cache
+@remembered
 def rows_config(n: int) -> RowsConfig:
     whole = n <= WHOLE_ROW
     block = next_power_of_2(max(n, 1)) if whole else LONG_BLOCK
