@@ -50,7 +50,7 @@ _HEADS = {"cpu": Cell(NATIVE_DTYPES, max_head_dim=256), "reference": Cell(REFERE
 TABLE: dict[str, dict[str, Cell]] = {
     "attention": _HEADS,
     "varlen_attention": _HEADS,
-    "decode_attention": _HEADS,
+    "decode_attention": {**_HEADS, "triton": Cell(NATIVE_DTYPES, max_head_dim=256)},
     "layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
     "add_layer_norm": {**_ROWS, "cuda": Cell(NATIVE_DTYPES)},
     "softmax": {**_ROWS, "triton": Cell(NATIVE_DTYPES)},

@@ -75,21 +75,30 @@ def with_backward(function: Callable[..., Any], *args: Any, **kwargs: Any) -> No
     torch.autograd.grad(outputs, leaves, gradients, materialize_grads=True)
 
 
-def row_calls(op: str) -> Iterator[Call]:
-    """float16 takes the code of bfloat16 but for the conversions, so one size of it is enough."""
-    sizes = {"bias_gelu": (3072, 20560), "masked_softmax": (768, 5140)}
-    for n in sizes.get(op, (768, 5140, 50257)):
-        for dtype in (BF16, F32, F16) if n < 4096 else (BF16, F32):
+def calls(op: str, target: str, every: bool) -> Iterator[Call]:
+    """What is compiled of an op for a target: of all that matters, every bit for one GPU, and a
+    sample for the others unless `every`. float16 is compiled as bfloat16 is but for conversions."""
+    every = every or (target == "sm_90" and op != "varlen_attention")
+    if op in ROWS:
+        sizes = LENGTHS.get(op, (768, 5140, 50257))
+        wanted = [(BF16, sizes[0]), (BF16, sizes[-1])]
+        if every:
+            wanted += [
+                (F16, sizes[0]),
+                *((F32, n) for n in sizes),
+                *((BF16, n) for n in sizes[1:-1]),
+            ]
+        for dtype, n in wanted:
             yield Call(f"{SHORT[dtype]} n={n}", functools.partial(ROWS[op], n, dtype))
-
-
-def head_calls(op: str) -> Iterator[Call]:
-    for d in (64, 80, 96, 128, 256):
-        for dtype in (BF16, F32, F16) if d == 64 else (BF16, F32):
-            for window in (None, 256):
-                name = f"{SHORT[dtype]} d={d} {'dense' if window is None else 'window'}"
-                run = functools.partial(HEADS[op], d, dtype, window)
-                yield Call(name, run, may_spill=dtype == F32 or d > 128)
+        return
+    heads = [(BF16, 64, None), (BF16, 128, 256)]
+    if every:
+        heads += [(BF16, 80, None), (BF16, 96, None), (BF16, 128, None), (BF16, 256, None)]
+        heads += [(F16, 64, None), (F32, 64, None), (F32, 128, 256)]
+    for dtype, d, window in heads:
+        name = f"{SHORT[dtype]} d={d} {'dense' if window is None else 'window'}"
+        run = functools.partial(HEADS[op], d, dtype, window)
+        yield Call(name, run, may_spill=dtype == F32 or d > 128)
 
 
 def masked_softmax(n: int, dtype: torch.dtype) -> None:
@@ -125,6 +134,8 @@ def linear_cross_entropy(n: int, dtype: torch.dtype) -> None:
     with_backward(F.linear_cross_entropy, x, weight, empty(4096, dtype=torch.int64))
 
 
+LENGTHS = {"masked_softmax": (768, 5140), "bias_gelu": (3072, 20560)}
+
 ROWS: dict[str, Callable[[int, torch.dtype], None]] = {
     "softmax": lambda n, dtype: with_backward(F.softmax, empty(4096, n, dtype=dtype)),
     "masked_softmax": masked_softmax,
@@ -149,7 +160,7 @@ def varlen_attention(d: int, dtype: torch.dtype, window: int | None) -> None:
 
 @torch.no_grad()
 def decode_attention(d: int, dtype: torch.dtype, window: int | None) -> None:
-    for h, t in ((4, 1), (16, 1), (32, 4)):
+    for h, t in ((4, 1), (16, 1), (32, 16)) if d == 128 else ((4, 1), (16, 1)):
         q, k = empty(2, h, t, d, dtype=dtype), empty(2, 4, 4096, d, dtype=dtype)
         new, lengths = empty(2, 4, t, d, dtype=dtype), empty(2, dtype=torch.int32)
         F.decode_attention(q, k, k, lengths, k_new=new, v_new=new, window=window)
@@ -241,13 +252,12 @@ def gpu(target: str) -> Any:
     return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
 
 
-def compiled(op: str, target: str) -> Iterator[Compiled]:
-    """Every distinct kernel that the calls of `op` launch, compiled for `target`."""
+def compiled(op: str, target: str, every: bool = False) -> Iterator[Compiled]:
+    """Each distinct kernel that the calls of `op` launch, compiled for `target`."""
     import triton
 
-    calls = row_calls(op) if op in ROWS else head_calls(op)
     seen: set[Any] = set()
-    for call in calls:
+    for call in calls(op, target, every):
         for launch in launches(call, target):
             made = source(launch, amd=target.startswith("gfx"))
             options = {
@@ -334,7 +344,7 @@ def main(*wanted: str) -> None:
     for op in [w for w in wanted if w not in SHARED] or OPS:
         for target in [w for w in wanted if w in SHARED] or SHARED:
             try:
-                found += compiled(op, target)
+                found += compiled(op, target, every=True)
             except Exception as error:
                 reason = missing_tool(error)
                 if reason is None:
