@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt import backends
 from fastgpt.backends import native, triton
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +55,7 @@ _HEADS = {"cpu": Cell(NATIVE_DTYPES, max_head_dim=256), "reference": Cell(REFERE
 TABLE: dict[str, dict[str, Cell]] = {
     "attention": _HEADS,
     "varlen_attention": _HEADS,
-    "decode_attention": _HEADS,
+    "decode_attention": {**_HEADS, "triton": Cell(NATIVE_DTYPES, max_head_dim=256)},
     "layer_norm": _ROWS_CUDA,
     "add_layer_norm": _ROWS_CUDA,
     "softmax": _ROWS_CUDA,
@@ -303,10 +304,16 @@ def _native_kernel(name: str) -> Callable[..., Any]:
     return functools.partial(_call_native, getattr(torch.ops.fastgpt, name).default)
 
 
+@torch.compiler.assume_constant_result
+def _load(backend: str, module: str) -> None:
+    importlib.import_module(f"fastgpt.backends.{backend}.{module}")
+
+
 @functools.cache
 def _python_kernel(op: str, backend: str, name: str) -> Callable[..., Any]:
-    module = importlib.import_module(f"fastgpt.backends.{backend}.{MODULES.get(op, op)}")
-    return getattr(module, name)
+    module = MODULES.get(op, op)
+    _load(backend, module)
+    return getattr(getattr(getattr(backends, backend), module), name)
 
 
 def kernel(op: str, backend: str, name: str) -> Callable[..., Any]:

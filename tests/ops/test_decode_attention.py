@@ -8,9 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgpt import dispatch
 from fastgpt import functional as F
 from tests.attention_in_torch import attend
-from tests.contract import Case, Inputs, OpSpec, Results, check_contract, first_axis, grid, normal
+from tests.contract import (
+    LOW_DTYPES,
+    Case,
+    Inputs,
+    OpSpec,
+    Results,
+    check_contract,
+    device_of,
+    first_axis,
+    grid,
+    normal,
+    skip_unless_runs,
+)
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def positions(inputs: Inputs, b: int) -> Tensor:
@@ -47,6 +62,7 @@ def case(
     ring: bool = False,
     scale: float | None = None,
     lse: bool = False,
+    dtypes: tuple[torch.dtype, ...] = LOW_DTYPES,
 ) -> Case:
     """A sequence per length in caches (b, hk, capacity, d), t queries each."""
 
@@ -66,7 +82,7 @@ def case(
             "return_lse": lse,
         }
 
-    return Case(id, make, hidden)
+    return Case(id, make, hidden, dtypes)
 
 
 CASES = (
@@ -93,6 +109,10 @@ CASES = (
     case("ring_with_room", (20, 90), capacity=32, window=11, ring=True, start=(0, 85)),
     case("ring_without_append", (5, 40), capacity=16, window=12, ring=True, append=False),
     case("head_dim_of_gpt3_xl", (40, 100), capacity=128, d=128, h=3, hk=3, scale=0.05),
+    case("many_splits", (1100, 3), capacity=1152, d=130, h=1, hk=1, lse=True),
+    case("long_chunk", (0, 40), t=17, h=1, hk=1, d=24, window=9, lse=True),
+    case("long_chunk_in_a_ring", (3, 100), t=17, h=1, hk=1, capacity=40, window=16, ring=True),
+    case("more_queries_than_a_tile_has_rows", (40,), t=13, h=5, hk=1, d=80, dtypes=HALVES),
 )
 
 
@@ -153,3 +173,36 @@ SPEC = OpSpec(
 @pytest.mark.parametrize(("backend", "dtype", "case"), grid(SPEC))
 def test_contract(backend: str, dtype: torch.dtype, case: Case) -> None:
     check_contract(SPEC, backend, dtype, case)
+
+
+FAR = 2**31 - 1
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["linear", "ring"])
+@pytest.mark.parametrize("t", [1, 3, 17], ids=lambda t: f"t={t}")
+@pytest.mark.parametrize("append", [True, False], ids=["append", "no_append"])
+def test_any_length_and_start_is_memory_safe(ring: bool, t: int, append: bool) -> None:
+    """What the op does not check on a GPU: the raw kernel writes and reads no slot that is not
+    there, and agrees with the reference about the others."""
+    skip_unless_runs("decode_attention", "triton")
+    pairs = [(-FAR - 1, 0), (-1, 0), (-9, -5), (5, -FAR - 1), (24, 3), (39, 20), (40, 41), (41, 0)]
+    pairs += [(47, 30), (100, 90), (30, FAR), (FAR - 1, FAR - 3), (FAR, 0)]
+    b, capacity, g = len(pairs), 40, torch.Generator().manual_seed(0)
+    dtype, tolerance = (torch.float32, 1e-5) if t == 1 else (torch.bfloat16, 0.02)
+    fence = normal(g, b, 1, capacity + 2, 8, dtype=dtype)
+    q = normal(g, b, 1, t, 8, dtype=dtype)
+    new = [normal(g, b, 1, t, 8, dtype=dtype) if append else None for _ in range(2)]
+    length, start = torch.tensor(pairs, dtype=torch.int32).T.contiguous()
+    results = []
+    for backend in ("triton", "reference"):
+        device = device_of(backend)
+        fenced = [fence.clone().to(device), fence.flip(0).to(device)]
+        caches = [x[:, :, 1:-1] for x in fenced]
+        run = dispatch.kernel("decode_attention", backend, "decode_attention")
+        moved = [None if x is None else x.to(device) for x in (q, *caches, length, *new)]
+        outputs = run(*moved, 0.3, 16, start.to(device), ring)
+        results.append([x.cpu() for x in (*outputs, *fenced)])
+    (out, lse, *got), (want_out, want_lse, *want) = results
+    torch.testing.assert_close(out, want_out, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, got, want))

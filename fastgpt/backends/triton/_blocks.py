@@ -12,7 +12,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(interpreted())
 
 
-@triton.jit
+def device(function):
+    """A function that kernels call: jitted. The interpreter gets it as it is, for at every call of
+    a jitted function it patches the whole language anew, which costs more than a tile."""
+    return function if interpreted() else triton.jit(function)
+
+
+@device
 def rounded(x, dtype: tl.constexpr):
     """float32 x in dtype, to nearest even. Every store of a result goes through this: the
     interpreter's own conversion to bfloat16 cuts the bits off instead of rounding."""
@@ -24,3 +30,12 @@ def rounded(x, dtype: tl.constexpr):
     else:
         y = x.to(dtype)
     return y
+
+
+@device
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32; acc may be None."""
+    if INTERPRETED:  # It would multiply the bits of bfloat16.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)

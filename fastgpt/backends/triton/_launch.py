@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
 from fastgpt.backends.triton import interpreted
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def launch(
     `constants` are the kernel's tl.constexpr arguments.
     """
     if torch.compiler.is_compiling():
-        # Inductor guards the device itself, and a launch without programs is dropped there.
+        # Inductor guards the device itself, and a launch without programs is dropped there. Only
+        # here is it worth wrapping: each wrapped launch costs a millisecond and is kept for ever.
         wrap_triton(kernel)[(programs,)](
             *args, **constants, num_warps=num_warps, num_stages=num_stages
         )
@@ -79,9 +81,15 @@ def launch(
         kernel[(programs,)](*args, **constants)
         return
     tensor = next(a for a in args if isinstance(a, Tensor))
-    run = wrap_triton(kernel)[(programs,)]
     with torch.get_device_module(tensor.device).device(tensor.device):
-        run(*args, **constants, num_warps=num_warps, num_stages=num_stages)
+        # Fused multiply-adds, as Inductor has them: Triton's own default changes in 3.10.
+        kernel[(programs,)](
+            *args,
+            **constants,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            enable_fp_fusion=True,
+        )
 
 
 def architecture(device: torch.device) -> str:
@@ -101,8 +109,25 @@ def _architecture_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def remembered(function: Callable[..., T]) -> Callable[..., T]:
+    """functools.cache for eager calls; the tracer would look through it, with a warning."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> T:
+        return function(*args) if torch.compiler.is_compiling() else cached(*args)
+
+    return call
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-next_power_of_2 = triton.next_power_of_2
+def next_power_of_2(n: int) -> int:
+    """By comparisons alone: from a traced n they make a plain number, as a block size or a count
+    of warps must be, and a guard that holds for every length of the same block."""
+    power = 1
+    while power < n:
+        power *= 2
+    return power

@@ -3,7 +3,6 @@ sums over rows, by one partial sum per program and a second kernel that adds the
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.backends.triton import interpreted
-from fastgpt.backends.triton._launch import ceil_div, launch, next_power_of_2
+from fastgpt.backends.triton._launch import ceil_div, launch, next_power_of_2, remembered
 
 WHOLE_ROW = 16384
 """The longest row that a program holds in registers: 32 floats a thread of 16 warps."""
@@ -40,7 +39,7 @@ class RowsConfig:
         return {"WHOLE": self.whole, "ROWS": self.rows, "BLOCK": self.block}
 
 
-@functools.cache
+@remembered
 def rows_config(n: int, tile: int = TILE) -> RowsConfig:
     whole = n <= WHOLE_ROW
     block = next_power_of_2(max(n, 1)) if whole else LONG_BLOCK
@@ -48,7 +47,7 @@ def rows_config(n: int, tile: int = TILE) -> RowsConfig:
     return RowsConfig(whole, rows, block, num_warps=min(16, max(4, rows * block // 512)))
 
 
-@functools.cache
+@remembered
 def split_rows_config(n: int) -> RowsConfig:
     """For kernels that keep several values of an element: 16 elements a thread.
 
