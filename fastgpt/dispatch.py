@@ -50,12 +50,16 @@ _ROWS = {
     "reference": Cell(REFERENCE_DTYPES),
 }
 _ROWS_CUDA = {**_ROWS, "cuda": Cell(NATIVE_DTYPES)}
-_HEADS = {"cpu": Cell(NATIVE_DTYPES, max_head_dim=256), "reference": Cell(REFERENCE_DTYPES)}
+_HEADS = {
+    "cpu": Cell(NATIVE_DTYPES, max_head_dim=256),
+    "triton": Cell(NATIVE_DTYPES, max_head_dim=256),
+    "reference": Cell(REFERENCE_DTYPES),
+}
 
 TABLE: dict[str, dict[str, Cell]] = {
     "attention": _HEADS,
     "varlen_attention": _HEADS,
-    "decode_attention": {**_HEADS, "triton": Cell(NATIVE_DTYPES, max_head_dim=256)},
+    "decode_attention": _HEADS,
     "layer_norm": _ROWS_CUDA,
     "add_layer_norm": _ROWS_CUDA,
     "softmax": _ROWS_CUDA,
