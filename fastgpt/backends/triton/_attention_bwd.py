@@ -107,9 +107,7 @@ def dkv_tile(
         EDGE, CAUSAL or WINDOWED, WINDOWED, PADDED, MASKED, BIASED, ALIBI,
     )  # fmt: skip
     p = tl.exp2(t)
-    dout0, dout1 = load_parts(
-        g_dout, rows64 * dout_s, some[:, None], D, D0, D1, EDGE, WIDE
-    )
+    dout0, dout1 = load_parts(g_dout, rows64 * dout_s, some[:, None], D, D0, D1, EDGE, WIDE)
     dp = inner(v0, v1, dout0, dout1, D1, PRECISION)
     pv = p
     if DROPOUT:
@@ -186,7 +184,7 @@ def attention_bwd_dkv_kernel(
         n0, tl.minimum(n0 + BLOCK_N, sk), offset, window, sq, BLOCK_M,
         CAUSAL, WINDOWED, PADDED or MASKED or BIASED,
     )  # fmt: skip
-    for member in range(0, group):
+    for member in range(group):
         head = key_head * group + member
         extras = extras_of(
             z, head, sq, sk, offset, g_padding, g_mask, g_bias, g_slopes, padding_b, padding_s,
@@ -201,14 +199,14 @@ def attention_bwd_dkv_kernel(
             z * h + head,
             extras,
         )
-        for i in range(0, edges):
+        for i in range(edges):
             m0 = tl.where(i < left, first, second) + i * BLOCK_M
             dk0, dk1, dv0, dv1 = dkv_tile(
                 dk0, dk1, dv0, dv1, m0, of_head, shared, D, D0, D1, BLOCK_M, BLOCK_N, True,
                 CAUSAL, WINDOWED, PADDED, MASKED, BIASED, ALIBI, DROPOUT, PRECISION, WIDE,
             )  # fmt: skip
         if not (PADDED or MASKED or BIASED):
-            for i in range(0, fulls):
+            for i in range(fulls):
                 m0 = full + i * BLOCK_M
                 dk0, dk1, dv0, dv1 = dkv_tile(
                     dk0, dk1, dv0, dv1, m0, of_head, shared, D, D0, D1, BLOCK_M, BLOCK_N, False,
@@ -358,14 +356,14 @@ def attention_bwd_dq_kernel(
         m0, tl.minimum(m0 + BLOCK_M, sq), offset, window, sk, BLOCK_N,
         CAUSAL, WINDOWED, PADDED or MASKED or BIASED,
     )  # fmt: skip
-    for i in range(0, edges):
+    for i in range(edges):
         n0 = tl.where(i < left, first, second) + i * BLOCK_N
         dq0, dq1, exact = dq_tile(
             dq0, dq1, exact, n0, shared, D, D0, D1, BLOCK_M, BLOCK_N, True,
             WINDOWED, PADDED, MASKED, BIASED, ALIBI, DROPOUT, PRECISION, WIDE, WITH_EXACT,
         )  # fmt: skip
     if not (PADDED or MASKED or BIASED):
-        for i in range(0, fulls):
+        for i in range(fulls):
             n0 = full + i * BLOCK_N
             dq0, dq1, exact = dq_tile(
                 dq0, dq1, exact, n0, shared, D, D0, D1, BLOCK_M, BLOCK_N, False,

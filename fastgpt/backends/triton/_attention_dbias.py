@@ -64,7 +64,7 @@ def attention_bwd_dbias_kernel(
     walk = key_walk(m0, m1, offset, window, sk, BLOCK_N, CAUSAL, WINDOWED, True)
     first = walk[2]
     if (n0 >= first) & (n0 < first + walk[0] * BLOCK_N):
-        for i in range(0, z_count * head_count):
+        for i in range(z_count * head_count):
             z = y // bias_count_h + i // head_count
             head = y % bias_count_h + i % head_count
             key_head = head // group
@@ -114,7 +114,7 @@ def attention_bwd_dbias_sum_kernel(g_partial, g_dbias, n, count, inner, BLOCK: t
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g_partial += at // inner * count * inner + at % inner
     total = tl.full([BLOCK], 0.0, tl.float32)
-    for _ in range(0, count):
+    for _ in range(count):
         total += tl.load(g_partial, mask=at < n, other=0.0)
         g_partial += inner
     tl.store(g_dbias + at, total, mask=at < n)

@@ -158,14 +158,14 @@ def attention_fwd_kernel(
         m0, tl.minimum(m0 + BLOCK_M, sq), offset, window, sk, BLOCK_N,
         CAUSAL, WINDOWED, PADDED or MASKED or BIASED,
     )  # fmt: skip
-    for i in range(0, edges):
+    for i in range(edges):
         n0 = tl.where(i < left, first, second) + i * BLOCK_N
         acc0, acc1, peak, total = fwd_tile(
             acc0, acc1, peak, total, n0, shared, D, D0, D1, BLOCK_M, BLOCK_N, True,
             WINDOWED, PADDED, MASKED, BIASED, ALIBI, DROPOUT, NEGATIVE, PRECISION,
         )  # fmt: skip
     if not (PADDED or MASKED or BIASED):
-        for i in range(0, fulls):
+        for i in range(fulls):
             n0 = full + i * BLOCK_N
             acc0, acc1, peak, total = fwd_tile(
                 acc0, acc1, peak, total, n0, shared, D, D0, D1, BLOCK_M, BLOCK_N, False,

@@ -169,7 +169,7 @@ def query_bounds(columns, offset, window, CAUSAL: tl.constexpr, WINDOWED: tl.con
     return low, high
 
 
-# --- tiles in memory --------------------------------------------------------------------------------
+# --- tiles in memory ------------------------------------------------------------------------------
 
 
 @device
@@ -243,7 +243,7 @@ def clear(
         store_parts(g, rows.to(tl.int64) * stride, rows < length, x0, x1, D, D0, D1)
 
 
-# --- products and scores ----------------------------------------------------------------------------
+# --- products and scores --------------------------------------------------------------------------
 
 
 @device
@@ -323,9 +323,7 @@ def biased(
 ):  # fmt: skip
     """The scores t with their biases, -inf where x is not within [low, high] or the key is not
     alive; in a tile of either orientation, to the shape of which all of these broadcast."""
-    sq, sk, offset, g_padding, padding_s, g_mask, mask_q, mask_k, g_bias, bias_q, bias_k, slope = (
-        extras
-    )
+    sq, sk, offset, _, _, g_mask, mask_q, mask_k, g_bias, bias_q, bias_k, slope = extras
     if ALIBI:
         t -= tl.abs(rows + offset - columns).to(tl.float32) * slope
     if BIASED:

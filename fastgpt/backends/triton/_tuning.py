@@ -1,6 +1,7 @@
 """Tile sizes of the kernels, measured per architecture and kept in tuning.json.
 
-    {architecture: {kind: {"<head_dim> <window> <dtype>": [block_m, block_n, num_warps, num_stages]}}}
+    {architecture: {kind: {"<head_dim> <window> <dtype>":
+        [block_m, block_n, num_warps, num_stages]}}}
 
 architecture: `sm_90`, `gfx942`, ...; `cpu` is the interpreter; `default` serves every other one and
     must fit into 64 KiB of shared memory.

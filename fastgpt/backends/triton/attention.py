@@ -1,4 +1,4 @@
-"""Attention of (b, h, s, d) tensors: `_attention_fwd.py` and `_attention_bwd.py` hold the kernels."""
+"""Attention of (b, h, s, d) tensors, by the kernels of `_attention_fwd.py`, `_attention_bwd.py`."""
 
 from __future__ import annotations
 
