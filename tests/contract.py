@@ -352,13 +352,19 @@ def judge(spec: OpSpec, want: Expected, got: Results) -> list[str]:
 
 
 def grid(spec: OpSpec) -> list[Any]:
-    """Every (backend, dtype, case) that the dispatch table declares, as pytest parameters."""
+    """Every (backend, dtype, case) that the dispatch table declares, as pytest parameters.
+
+    Triton's interpreter takes seconds a case: of float16, which differs from bfloat16 in its
+    conversions alone, it gets every third.
+    """
+    slow = {"triton"} if triton.interpreted() else set()
     return [
         pytest.param(backend, dtype, case, id=f"{backend}-{str(dtype)[6:]}-{case.id}")
         for backend, cell in dispatch.TABLE[spec.op].items()
         for dtype in LOW_DTYPES
-        for case in spec.cases
+        for i, case in enumerate(spec.cases)
         if dtype in cell.dtypes and dtype in case.dtypes
+        if not (backend in slow and dtype == torch.float16 and i % 3)
     ]
 
 
