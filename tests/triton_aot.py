@@ -190,6 +190,7 @@ def launches(call: Call, target: str) -> list[Any]:
 
 
 POINTERS = {
+    torch.float64: "*fp64",
     F32: "*fp32",
     BF16: "*bf16",
     F16: "*fp16",
