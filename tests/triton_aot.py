@@ -76,25 +76,25 @@ def with_backward(function: Callable[..., Any], *args: Any, **kwargs: Any) -> No
 
 
 def calls(op: str, target: str, every: bool) -> Iterator[Call]:
-    """What is compiled of an op for a target: of all that matters, every bit for one GPU, and a
-    sample for the others unless `every`. float16 is compiled as bfloat16 is but for conversions."""
-    every = every or (target == "sm_90" and op != "varlen_attention")
+    """What is compiled of an op for a target: all that matters, or a sample that takes seconds,
+    largest for sm_90. float16 takes the code of bfloat16 but for the conversions."""
+    main = target == "sm_90"
     if op in ROWS:
-        sizes = LENGTHS.get(op, (768, 5140, 50257))
-        wanted = [(BF16, sizes[0]), (BF16, sizes[-1])]
-        if every:
-            wanted += [
-                (F16, sizes[0]),
-                *((F32, n) for n in sizes),
-                *((BF16, n) for n in sizes[1:-1]),
-            ]
-        for dtype, n in wanted:
+        first, *middle, last = LENGTHS.get(op, (768, 5140, 50257))
+        rows = [(BF16, first), (BF16, last)]
+        if every or main:
+            rows += [(F16, first), *((F32, n) for n in (first, *middle, last))]
+            rows += [(BF16, n) for n in middle]
+        for dtype, n in rows:
             yield Call(f"{SHORT[dtype]} n={n}", functools.partial(ROWS[op], n, dtype))
         return
-    heads = [(BF16, 64, None), (BF16, 128, 256)]
+    heads = [(BF16, 128, 256)]
+    if every or (op != "varlen_attention" and target in ("sm_90", "gfx942")):
+        heads += [(BF16, 64, None)]
+    if every or (op != "varlen_attention" and main):
+        heads += [(BF16, 80, None), (BF16, 256, None), (F32, 64, None)]
     if every:
-        heads += [(BF16, 80, None), (BF16, 96, None), (BF16, 128, None), (BF16, 256, None)]
-        heads += [(F16, 64, None), (F32, 64, None), (F32, 128, 256)]
+        heads += [(BF16, 96, None), (BF16, 128, None), (F16, 64, None), (F32, 128, 256)]
     for dtype, d, window in heads:
         name = f"{SHORT[dtype]} d={d} {'dense' if window is None else 'window'}"
         run = functools.partial(HEADS[op], d, dtype, window)
