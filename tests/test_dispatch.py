@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -218,6 +219,73 @@ def test_environment_never_falls_back() -> None:
     )
     assert done.returncode != 0
     assert "RuntimeError: softmax: backend 'triton' is forced, but" in done.stderr
+
+
+ON_A_GPU = """
+import importlib.metadata, json, sys
+import torch
+from torch._subclasses import FakeTensorMode
+
+def version(name, installed=importlib.metadata.version):
+    if name != "triton" or TRITON == "installed":
+        return installed(name)
+    if TRITON is None:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return TRITON
+
+importlib.metadata.version = version
+
+import fastgpt
+from fastgpt import dispatch
+from fastgpt import functional as F
+
+with FakeTensorMode():
+    x = torch.empty(3, 8, device="cuda")
+    found = {op: dispatch.pick(op, x, head_dim=8) for op in dispatch.TABLE}
+    found["explained"] = str(fastgpt.explain(F.softmax, x))
+    try:
+        with fastgpt.backend("triton"):
+            found["forced"] = dispatch.pick("softmax", x)
+    except RuntimeError as error:
+        found["forced"] = str(error)
+print(json.dumps(found))
+"""
+"""What runs where there is a CUDA device but no op library; TRITON is the version installed."""
+
+
+def on_a_gpu(version: str | None) -> dict[str, str]:
+    done = in_process(f"TRITON = {version!r}\n{ON_A_GPU}", FASTGPT_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))
+def test_without_the_library_a_gpu_runs_triton() -> None:
+    found = on_a_gpu("installed")
+    for op, row in dispatch.TABLE.items():
+        assert found[op] == ("triton" if "triton" in row else "reference"), op
+    first, *reasons = found["explained"].splitlines()
+    assert first == "softmax: triton (triton)"
+    assert any("not cuda: " in line and "FASTGPT_NATIVE" in line for line in reasons), reasons
+    assert found["forced"] == "triton"
+
+
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [
+        (None, "Triton is not installed (pip install 'triton>=3.4')"),
+        ("3.3.1", "needs Triton 3.4 or later, found 3.3.1 (pip install 'triton>=3.4')"),
+    ],
+    ids=["absent", "too_old"],
+)
+def test_without_triton_a_gpu_runs_the_reference_and_learns_the_remedy(version, why) -> None:
+    found = on_a_gpu(version)
+    assert {found[op] for op in dispatch.TABLE} == {"reference"}
+    assert found["explained"].startswith("softmax: reference (plain torch)\n")
+    assert f"  not triton: {why}" in found["explained"].splitlines()
+    assert found["forced"] == (
+        f"softmax: backend 'triton' is forced, but cannot run this call: {why}"
+    )
 
 
 @pytest.mark.skipif(
