@@ -48,10 +48,6 @@ def traced() -> dict[str, Any]:
 NOT_YET = {
     "attention": "AOTAutograd takes a tensor that the kernels only read for one that they write",
     "varlen_attention": "as attention",
-    **dict.fromkeys(
-        ("layer_norm", "add_layer_norm", "masked_softmax", "bias_gelu"),
-        "the sizes of tiles are guarded one by one: four or five compilations",
-    ),
 }
 
 

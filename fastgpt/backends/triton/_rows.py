@@ -75,6 +75,14 @@ def unit(*counts: int) -> int:
     return size
 
 
+def length_unit(*counts: int) -> int:
+    """`unit` of lengths of sequences: traced, all or nothing, as each answer is a compilation. So
+    is each way to it: first should come what the others are multiples of."""
+    if torch.compiler.is_compiling():
+        return 1 if any(count % WIDEST for count in counts) else WIDEST
+    return unit(*counts)
+
+
 PARTIALS = 512
 """Programs of a backward pass that also sums over rows: four on each multiprocessor of an H100,
 a constant because the order of summation follows from it."""
@@ -89,7 +97,7 @@ def partial_tiles(r: int, rows: int, programs: int = PARTIALS) -> tuple[int, int
     return each, ceil_div(tiles, each)
 
 
-SUM_ROWS = 256
+SUM_ROWS, FEW_ROWS = 256, 16
 SUM_COLUMNS = 1024 if interpreted() else 32
 """Few on a GPU, so that also narrow rows give work to many multiprocessors."""
 
@@ -114,7 +122,8 @@ def column_sums(x: Tensor) -> Tensor:
     r, n = x.shape
     sums = x.new_empty(n, dtype=torch.float32)
     programs = ceil_div(n, SUM_COLUMNS)
-    rows = min(SUM_ROWS, next_power_of_2(max(r, 1)))
+    # Two sizes, not every power of two: each would be compiled anew, and the graph around it too.
+    rows = SUM_ROWS if r > FEW_ROWS else FEW_ROWS
     constants = {"UNIT": unit(n), "ROWS": rows, "BLOCK": SUM_COLUMNS}
     launch(column_sums_kernel, programs, x, sums, r, n, **constants, num_warps=8)
     return sums

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastgpt.backends.triton import interpreted
 from fastgpt.backends.triton._blocks import LOG2E, rounded
 from fastgpt.backends.triton._launch import ceil_div, launch
-from fastgpt.backends.triton._rows import RowsConfig, rows_config, unit
+from fastgpt.backends.triton._rows import RowsConfig, length_unit, rows_config
 
 FRAME_UNIT = tl.constexpr(16)
 """A frame starts at a multiple of it, so that its loads are as wide as the rows permit."""
@@ -220,8 +220,8 @@ def masked_softmax_fwd(
         scores.stride(0),
         scores.stride(1),
         float(scale),
-        UNIT=unit(sk),
-        STRIDE_UNIT=unit(scores.stride(0), scores.stride(1)),
+        UNIT=length_unit(sk),
+        STRIDE_UNIT=length_unit(scores.stride(1), scores.stride(0)),
         **constants,
         num_warps=config.num_warps,
     )
@@ -253,8 +253,8 @@ def masked_softmax_bwd(
         reach,
         *strides,
         float(scale),
-        UNIT=unit(sk),
-        STRIDE_UNIT=unit(*strides),
+        UNIT=length_unit(sk),
+        STRIDE_UNIT=length_unit(strides[1], strides[3], strides[0], strides[2]),
         **constants,
         num_warps=config.num_warps,
     )
