@@ -41,7 +41,7 @@ __device__ void for_packs(int n, const F& f) {
 
 template <typename T, typename Y, int kPack, bool kCached>
 __global__ void layer_norm_fwd_kernel(LayerNormFwd p) {
-  __shared__ float s_sums[kWarp];
+  FASTGPT_SHARED(float, s_sums, kWarp);
   const int64_t row = blockIdx.x;
   const int n = static_cast<int>(p.x.size[1]);
   const T* g_x = row_of<const T>(p.x, row);
@@ -99,7 +99,7 @@ __global__ void layer_norm_fwd_kernel(LayerNormFwd p) {
 // g_sums: per chunk a row of n partial sums of dweight, then one of dbias.
 template <typename T, typename Y, int kPack, bool kCached>
 __global__ void layer_norm_bwd_kernel(LayerNormBwd p, int64_t chunk_rows, float* g_sums) {
-  __shared__ float s_sums[2 * kWarp];
+  FASTGPT_SHARED(float, s_sums, 2 * kWarp);
   const int64_t r = p.x.size[0];
   const int n = static_cast<int>(p.x.size[1]);
   float* g_dweight = g_sums + blockIdx.x * 2 * static_cast<int64_t>(n);
