@@ -29,7 +29,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 WITH_TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) \
-  $(wildcard tests/*/*.h tests/*/*.cpp benchmarks/*.cpp)
+  $(wildcard tests/*/*.h tests/*/*.cpp tests/*/*.cu benchmarks/*.cpp)
 
 .PHONY: help demo test bench targets gpu wheel lint format readme clean
 .DELETE_ON_ERROR:
@@ -81,10 +81,18 @@ $(VENV)/.kernels: $(VENV)/.tools $(SOURCES)
 	$(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
 	@touch $@
 
+# The CUDA kernels compiled for the CPU, where there are headers for it: nothing else is built there.
+$(VENV)/.emulator: $(VENV)/.tools $(SOURCES) $(wildcard tests/emulator/*.h tests/emulator/*.c*)
+	$(WITH_TOOLS) cmake -S . -B build/emulator -G Ninja -DFASTGPT_EMULATOR=ON \
+	  -DFASTGPT_TORCH_DIR="$$($(RUN) -c 'import importlib.util as u; \
+	  print(u.find_spec("torch").submodule_search_locations[0])')"
+	$(WITH_TOOLS) cmake --build build/emulator
+	@touch $@
+
 demo: $(VENV)/.packages-cli $(VENV)/.kernels
 	$(RUN) -m fastgpt demo $(ARGS)
 
-test: $(VENV)/.packages-cli,test $(VENV)/.kernels
+test: $(VENV)/.packages-cli,test $(VENV)/.kernels $(VENV)/.emulator
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -p no:benchmark -n $(CORES) --dist worksteal -q $(ARGS)
 
 bench: $(VENV)/.packages-cli,test $(VENV)/.kernels
