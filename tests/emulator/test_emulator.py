@@ -1,4 +1,4 @@
-"""The emulator itself: primitives against the PTX ISA, planted faults, and its place in the table."""
+"""The emulator itself: primitives against the PTX ISA, planted faults, its place in the table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastgpt import dispatch
 from fastgpt import functional as F
 from tests.emulator import backend
 
-NOT_BUILT = backend.stale(backend.CASES)
+NOT_BUILT = backend.not_built(backend.CASES)
 
 
 def run_cases(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -23,7 +23,7 @@ def cases() -> list[str]:
     return run_cases("--list").stdout.splitlines() if NOT_BUILT is None else []
 
 
-@pytest.mark.skipif(NOT_BUILT is not None, reason=f"the emulator {NOT_BUILT}")
+@pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))
 @pytest.mark.parametrize("case", cases())
 def test_case(case: str) -> None:
     """A primitive does what the PTX ISA says, or a fault is reported on every order of threads."""
@@ -47,9 +47,7 @@ def test_the_package_knows_nothing_of_it() -> None:
         assert "emulat" not in path.read_text(), path
 
 
-needs_library = pytest.mark.skipif(
-    backend.missing() is not None, reason=f"{backend.NAME} {backend.missing()}"
-)
+needs_library = pytest.mark.skipif(backend.missing() is not None, reason=str(backend.missing()))
 
 
 @needs_library
