@@ -122,17 +122,12 @@ void remember(Chunk& chunk, const Thread& t, uint16_t bytes, bool write, const v
     const auto empty = [](const Access& a) { return a.bytes == 0; };
     list.erase(std::remove_if(list.begin(), list.end(), empty), list.end());
     chunk.written |= bytes;
-  } else if (!list.empty()) {
-    Access& last = list.back();
-    if (last.thread == t.id && !last.write && last.clock == clock) {
-      last.bytes |= bytes;
+  } else {
+    // What comes after this read comes after the thread's earlier ones too.
+    for (Access& a : list) {
+      if (a.write || a.thread != t.id || (a.clock != clock && (a.bytes & ~bytes) != 0)) continue;
+      a = {static_cast<uint16_t>(a.bytes | bytes), a.thread, false, clock, pc};
       return;
-    }
-    if (list.size() % 256 == 0) {
-      const auto covered = [&](const Access& a) {
-        return !a.write && a.thread == t.id && (a.bytes & ~bytes) == 0;
-      };
-      list.erase(std::remove_if(list.begin(), list.end(), covered), list.end());
     }
   }
   list.push_back({bytes, static_cast<uint16_t>(t.id), write, clock, pc});
@@ -271,7 +266,7 @@ void begin_block(size_t dynamic_bytes, const void* argument_data, size_t argumen
   arguments = {begin, begin + argument_bytes};
   ++block_number;
   order_block();
-  for (unsigned i = 0; i < kMaxThreads; ++i) known[i][i] += known[i][i] == 0;
+  for (unsigned i = 0; i < block.threads; ++i) known[i][i] += known[i][i] == 0;
   arrays[0] = {nullptr, 0, dynamic_bytes};
   array_count = 1;
   arena_used = dynamic_bytes;
@@ -283,16 +278,17 @@ void order_block() {
 }
 
 void order_lanes(unsigned warp, unsigned mask) {
+  // Only the clocks of the warp itself: between warps the barrier of the block orders, which needs
+  // none. What will order single threads of different warps must join all of them.
   const unsigned first = warp * kLanes;
-  static uint32_t joined[kMaxThreads];
-  std::memset(joined, 0, block.threads * sizeof *joined);
+  uint32_t joined[kLanes] = {};
   for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
-    const uint32_t* own = known[first + static_cast<unsigned>(__builtin_ctz(rest))];
-    for (unsigned u = 0; u < block.threads; ++u) joined[u] = std::max(joined[u], own[u]);
+    const uint32_t* own = known[first + static_cast<unsigned>(__builtin_ctz(rest))] + first;
+    for (unsigned u = 0; u < kLanes; ++u) joined[u] = std::max(joined[u], own[u]);
   }
   for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
     const unsigned t = first + static_cast<unsigned>(__builtin_ctz(rest));
-    std::memcpy(known[t], joined, block.threads * sizeof *joined);
+    std::memcpy(known[t] + first, joined, sizeof joined);
     ++known[t][t];
   }
 }

@@ -1,6 +1,5 @@
 // Collectives of a warp: what each does with the operands of its lanes, by the register layouts of
 // the PTX ISA (csrc/cuda/mma.cuh has them).
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cfloat>
@@ -30,12 +29,25 @@ struct MmaOperand {
   float* d;
   const uint32_t* a;
   const uint32_t* b;
-  bool bf16;
 };
 
-float float_of(uint16_t bits, bool bf16) {
-  if (bf16) return __bfloat162float(__ushort_as_bfloat16(bits));
-  return __half2float(__ushort_as_half(bits));
+struct HalfTable {
+  HalfTable() {
+    for (unsigned i = 0; i < 65536; ++i) {
+      value[i] = __half2float(__ushort_as_half(static_cast<uint16_t>(i)));
+    }
+  }
+  float value[65536];
+};
+const HalfTable halves;
+
+template <bool kBf16>
+float float_of(uint32_t bits) {
+  if (!kBf16) return halves.value[bits & 0xffffu];
+  bits <<= 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 float float_of_tf32(uint32_t bits) {
@@ -49,21 +61,25 @@ float float_of_tf32(uint32_t bits) {
 template <int kDepth>
 void multiply_add(void* const* operands, const float (&a)[16][kDepth],
                   const float (&b)[kDepth][8]) {
-  typedef float Row __attribute__((vector_size(8 * sizeof(float))));
+  typedef float Quarter __attribute__((vector_size(16)));
   for (int row = 0; row < 16; ++row) {
-    Row sum = {};
+    Quarter low = {}, high = {};
     for (int k = 0; k < kDepth; ++k) {
-      Row b_row;
-      std::memcpy(&b_row, b[k], sizeof b_row);
-      sum += a[row][k] * b_row;
+      Quarter b_low, b_high;
+      std::memcpy(&b_low, b[k], sizeof b_low);
+      std::memcpy(&b_high, b[k] + 4, sizeof b_high);
+      low += a[row][k] * b_low;
+      high += a[row][k] * b_high;
     }
     for (int column = 0; column < 8; ++column) {
       const int lane = row % 8 * 4 + column / 2;
-      static_cast<MmaOperand*>(operands[lane])->d[row / 8 * 2 + column % 2] += sum[column];
+      static_cast<MmaOperand*>(operands[lane])->d[row / 8 * 2 + column % 2] +=
+          column < 4 ? low[column] : high[column - 4];
     }
   }
 }
 
+template <bool kBf16>
 void multiply_16_bits(void* const* operands, unsigned) {
   float a[16][16], b[16][8];
   for (int lane = 0; lane < static_cast<int>(kLanes); ++lane) {
@@ -71,11 +87,10 @@ void multiply_16_bits(void* const* operands, unsigned) {
     const int group = lane / 4, pair = lane % 4;
     for (int e = 0; e < 2; ++e) {
       for (int i = 0; i < 4; ++i) {
-        a[group + i % 2 * 8][pair * 2 + e + i / 2 * 8] =
-            float_of(static_cast<uint16_t>(o.a[i] >> 16 * e), o.bf16);
+        a[group + i % 2 * 8][pair * 2 + e + i / 2 * 8] = float_of<kBf16>(o.a[i] >> 16 * e);
       }
       for (int i = 0; i < 2; ++i) {
-        b[pair * 2 + e + i * 8][group] = float_of(static_cast<uint16_t>(o.b[i] >> 16 * e), o.bf16);
+        b[pair * 2 + e + i * 8][group] = float_of<kBf16>(o.b[i] >> 16 * e);
       }
     }
   }
@@ -194,12 +209,13 @@ void load_matrices(uint32_t* r, int count, bool transposed, const void* s_row) {
 }
 
 void mma_16x8x16(float* r_d, const uint32_t* r_a, const uint32_t* r_b, bool bf16) {
-  MmaOperand own{r_d, r_a, r_b, bf16};
-  meet("mma", ~0u, {"", bf16}, FASTGPT_PC, &own, multiply_16_bits);
+  MmaOperand own{r_d, r_a, r_b};
+  meet("mma", ~0u, {"", bf16}, FASTGPT_PC, &own,
+       bf16 ? multiply_16_bits<true> : multiply_16_bits<false>);
 }
 
 void mma_16x8x8_tf32(float* r_d, const uint32_t* r_a, const uint32_t* r_b) {
-  MmaOperand own{r_d, r_a, r_b, false};
+  MmaOperand own{r_d, r_a, r_b};
   meet("mma of TF32", ~0u, {"", 0}, FASTGPT_PC, &own, multiply_tf32);
 }
 
