@@ -108,6 +108,7 @@ gpu:
 	  { echo "make gpu: there is no nvcc on the PATH; install the CUDA toolkit"; exit 1; }
 	@$(MAKE) --no-print-directory OFFLINE=1 $(VENV)/.packages-cli,test
 	FASTGPT_CUDA=1 $(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
+	$(WITH_TOOLS) cmake --build build/temp.* --target fastgpt_gpu_cases
 	$(RUN) -m benchmarks.gpu $(ARGS)
 
 wheel: $(VENV)/.tools

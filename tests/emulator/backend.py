@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/emulator"
 LIBRARY = BUILD / "libfastgpt_emulated.so"
 CASES = BUILD / "fastgpt_emulator_cases"
+GPU_CASES = BUILD / "fastgpt_gpu_cases"
 _definitions = torch.library.Library(NAMESPACE, "DEF")
 
 

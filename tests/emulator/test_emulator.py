@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,19 +16,28 @@ from tests.emulator import backend
 NOT_BUILT = backend.not_built(backend.CASES)
 
 
-def run_cases(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([backend.CASES, *arguments], capture_output=True, text=True, timeout=300)
+def run_cases(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300)
 
 
 def cases() -> list[str]:
-    return run_cases("--list").stdout.splitlines() if NOT_BUILT is None else []
+    return run_cases(backend.CASES, "--list").stdout.splitlines() if NOT_BUILT is None else []
 
 
 @pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))
 @pytest.mark.parametrize("case", cases())
 def test_case(case: str) -> None:
     """A primitive does what the PTX ISA says, or a fault is reported on every order of threads."""
-    done = run_cases(case)
+    done = run_cases(backend.CASES, case)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_primitives_on_the_gpu() -> None:
+    """What the emulator believes of the hardware is what the hardware does."""
+    if not backend.GPU_CASES.exists():
+        pytest.skip(f"{backend.GPU_CASES.name} is not built: `make gpu` does it")
+    done = run_cases(backend.GPU_CASES)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
