@@ -80,6 +80,5 @@ extern "C" void fastgpt_emulator_switch(void** save, void* to);
 
 // "file:line < file:line of the caller it is inlined into", as far as it can be found out.
 std::string source_of(const void* pc);
-std::string from_root(const char* path);
 
 }  // namespace fastgpt::emulator

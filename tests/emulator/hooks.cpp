@@ -25,10 +25,10 @@ struct OutOfBounds {
   SourceLocation location;
 };
 
-[[noreturn]] void report(const SourceLocation& location, const std::string& what) {
-  const std::string where = from_root(location.file) + ":" + std::to_string(location.line);
-  if (current != nullptr) fail(thread_name(*current) + ": " + what + " at " + where, {});
-  std::fprintf(stderr, "emulator: on the host: %s at %s\n", what.c_str(), where.c_str());
+[[noreturn]] void report(const SourceLocation& location, const std::string& what, const void* pc) {
+  if (current != nullptr) fail(thread_name(*current) + ": " + what + " at %", {pc});
+  std::fprintf(stderr, "emulator: on the host: %s at %s:%u\n", what.c_str(), location.file,
+               location.line);
   std::abort();
 }
 
@@ -74,12 +74,14 @@ void __ubsan_handle_type_mismatch_v1(void* data, uintptr_t address) {
   char text[96];
   std::snprintf(text, sizeof text, "misaligned access: address %#zx is no multiple of %u",
                 static_cast<size_t>(address), 1u << mismatch.log_alignment);
-  fastgpt::emulator::report(mismatch.location, text);
+  fastgpt::emulator::report(mismatch.location, text, FASTGPT_PC);
 }
 void __ubsan_handle_out_of_bounds(void* data, uintptr_t index) {
   const auto& access = *static_cast<fastgpt::emulator::OutOfBounds*>(data);
-  fastgpt::emulator::report(access.location, "index " + std::to_string(static_cast<long>(index)) +
-                                                 " out of bounds of an array");
+  fastgpt::emulator::report(
+      access.location,
+      "index " + std::to_string(static_cast<long>(index)) + " out of bounds of an array",
+      FASTGPT_PC);
 }
 
 }  // extern "C"

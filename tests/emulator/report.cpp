@@ -9,11 +9,16 @@
 
 namespace fastgpt::emulator {
 
+namespace {
+
+// A path of the repository without what leads to it.
 std::string from_root(const char* path) {
   static const std::string here = __FILE__, name = "tests/emulator/report.cpp";
   const std::string root = here.substr(0, here.size() - name.size());
   return std::strncmp(path, root.c_str(), root.size()) == 0 ? path + root.size() : path;
 }
+
+}  // namespace
 
 std::string source_of(const void* pc) {
   Dl_info object;
