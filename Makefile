@@ -81,12 +81,12 @@ $(VENV)/.kernels: $(VENV)/.tools $(SOURCES)
 	$(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
 	@touch $@
 
-# The CUDA kernels compiled for the CPU, where there are headers for it: nothing else is built there.
+# The CUDA kernels compiled for the CPU, where there are headers for it and a compiler.
 $(VENV)/.emulator: $(VENV)/.tools $(SOURCES) $(wildcard tests/emulator/*.h tests/emulator/*.c*)
-	$(WITH_TOOLS) cmake -S . -B build/emulator -G Ninja -DFASTGPT_EMULATOR=ON \
-	  -DFASTGPT_TORCH_DIR="$$($(RUN) -c 'import importlib.util as u; \
-	  print(u.find_spec("torch").submodule_search_locations[0])')"
-	$(WITH_TOOLS) cmake --build build/emulator
+	if command -v "$${CXX:-c++}" >/dev/null; then $(WITH_TOOLS) cmake -S . -B build/emulator \
+	  -G Ninja -DFASTGPT_EMULATOR=ON -DFASTGPT_TORCH_DIR="$$($(RUN) -c 'import importlib.util as u; \
+	  print(u.find_spec("torch").submodule_search_locations[0])')" && \
+	  $(WITH_TOOLS) cmake --build build/emulator -j $(CORES); fi
 	@touch $@
 
 demo: $(VENV)/.packages-cli $(VENV)/.kernels
@@ -108,7 +108,7 @@ gpu:
 	  { echo "make gpu: there is no nvcc on the PATH; install the CUDA toolkit"; exit 1; }
 	@$(MAKE) --no-print-directory OFFLINE=1 $(VENV)/.packages-cli,test
 	FASTGPT_CUDA=1 $(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
-	$(WITH_TOOLS) cmake --build build/temp.* --target fastgpt_gpu_cases
+	$(WITH_TOOLS) cmake --build "$$(ls -td build/temp.* | head -1)" --target fastgpt_gpu_cases
 	$(RUN) -m benchmarks.gpu $(ARGS)
 
 wheel: $(VENV)/.tools

@@ -12,7 +12,7 @@ namespace fastgpt::emulator {
 constexpr unsigned kLanes = 32;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 227 * 1024;  // of sm_90, with all that a block may opt in to
-constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kStackBytes = 128 * 1024;
 
 struct AsyncCopy {
   unsigned char* s_to;
