@@ -29,7 +29,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 WITH_TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) \
-  $(wildcard tests/*/*.h tests/*/*.cpp benchmarks/*.cpp)
+  $(wildcard tests/*/*.h tests/*/*.cpp tests/*/*.cu benchmarks/*.cpp)
 
 .PHONY: help demo test bench targets gpu wheel lint format readme clean
 .DELETE_ON_ERROR:
@@ -81,10 +81,18 @@ $(VENV)/.kernels: $(VENV)/.tools $(SOURCES)
 	$(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
 	@touch $@
 
+# The CUDA kernels compiled for the CPU, where there are headers for it and a compiler.
+$(VENV)/.emulator: $(VENV)/.tools $(SOURCES) $(wildcard tests/emulator/*.h tests/emulator/*.c*)
+	if command -v "$${CXX:-c++}" >/dev/null; then $(WITH_TOOLS) cmake -S . -B build/emulator \
+	  -G Ninja -DFASTGPT_EMULATOR=ON -DFASTGPT_TORCH_DIR="$$($(RUN) -c 'import importlib.util as u; \
+	  print(u.find_spec("torch").submodule_search_locations[0])')" && \
+	  $(WITH_TOOLS) cmake --build build/emulator -j $(CORES); fi
+	@touch $@
+
 demo: $(VENV)/.packages-cli $(VENV)/.kernels
 	$(RUN) -m fastgpt demo $(ARGS)
 
-test: $(VENV)/.packages-cli,test $(VENV)/.kernels
+test: $(VENV)/.packages-cli,test $(VENV)/.kernels $(VENV)/.emulator
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -p no:benchmark -n $(CORES) --dist worksteal -q $(ARGS)
 
 bench: $(VENV)/.packages-cli,test $(VENV)/.kernels
@@ -100,6 +108,7 @@ gpu:
 	  { echo "make gpu: there is no nvcc on the PATH; install the CUDA toolkit"; exit 1; }
 	@$(MAKE) --no-print-directory OFFLINE=1 $(VENV)/.packages-cli,test
 	FASTGPT_CUDA=1 $(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
+	$(WITH_TOOLS) cmake --build "$$(ls -td build/temp.* | head -1)" --target fastgpt_gpu_cases
 	$(RUN) -m benchmarks.gpu $(ARGS)
 
 wheel: $(VENV)/.tools

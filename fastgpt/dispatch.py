@@ -75,11 +75,25 @@ MODULES = {"add_layer_norm": "layer_norm"}
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_DEVICES = {
+
+# The next three are open: the tests add a backend, which nothing but a forced choice ever takes.
+DEVICES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu",),
     "cuda": ("cuda",),
     "triton": ("cuda", "xpu", "cpu") if triton.interpreted() else ("cuda", "xpu"),
 }
+"""backend -> the devices of its tensors. Absent: all."""
+
+MISSING: dict[str, Callable[[], str | None]] = {
+    "cpu": lambda: native.MISSING,
+    "cuda": lambda: native.MISSING or native.cuda_refusal(),
+    "triton": triton.missing,
+    "reference": lambda: None,
+}
+"""backend -> why it cannot run on this machine at all; None if it can."""
+
+NAMESPACES = {"cpu": "fastgpt", "cuda": "fastgpt"}
+"""backend made of compiled ops -> where they are in torch.ops."""
 
 
 @torch.compiler.assume_constant_result
@@ -90,26 +104,20 @@ def _unavailable(backend: str) -> str | None:
 
 @functools.cache
 def _probe(backend: str) -> str | None:
-    if backend == "cpu":
-        return native.MISSING
-    if backend == "cuda":
-        return native.MISSING or native.cuda_refusal()
-    if backend == "triton":
-        return triton.missing()
-    return None
+    return MISSING[backend]()
 
 
 def refusal(
     op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0
 ) -> str | None:
     """Why `backend` would not run `op` on such a tensor; None if it would."""
-    if backend not in BACKENDS:
+    if backend not in MISSING:
         return f"no such backend; there are {', '.join(BACKENDS)}"
     cell = TABLE[op].get(backend)
     if cell is None:
         return f"has no {op} kernel"
-    if backend in _DEVICES and device not in _DEVICES[backend]:
-        return f"runs on {' and '.join(_DEVICES[backend])} tensors, got one on {device}"
+    if backend in DEVICES and device not in DEVICES[backend]:
+        return f"runs on {' and '.join(DEVICES[backend])} tensors, got one on {device}"
     return cell.refusal(dtype, head_dim) or _unavailable(backend)
 
 
@@ -132,7 +140,7 @@ def backend(name: str) -> Iterator[None]:
         ValueError: `name` is not a backend.
     """
     global _forced
-    if name not in BACKENDS:
+    if name not in MISSING:
         raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
     before, _forced = _forced, name
     try:
@@ -200,7 +208,7 @@ def _first_of_table(op: str, device: str, dtype: torch.dtype, head_dim: int) -> 
         cell = row.get(name)
         if (
             cell is not None
-            and device in _DEVICES.get(name, (device,))
+            and device in DEVICES.get(name, (device,))
             and cell.accepts(dtype, head_dim)
             and _unavailable(name) is None
         ):
@@ -303,9 +311,14 @@ def _call_native(overload: torch._ops.OpOverload, *args: Any) -> Any:
         raise ValueError(content[1].strip()) from None
 
 
+def _overload(namespace: str, name: str) -> torch._ops.OpOverload:
+    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, namespace), name).default
+    return overload
+
+
 @functools.cache
-def _native_kernel(name: str) -> Callable[..., Any]:
-    return functools.partial(_call_native, getattr(torch.ops.fastgpt, name).default)
+def _native_kernel(namespace: str, name: str) -> Callable[..., Any]:
+    return functools.partial(_call_native, _overload(namespace, name))
 
 
 @torch.compiler.assume_constant_result
@@ -322,13 +335,15 @@ def _python_kernel(op: str, backend: str, name: str) -> Callable[..., Any]:
 
 def kernel(op: str, backend: str, name: str) -> Callable[..., Any]:
     """The raw op `name` (as `layer_norm_fwd`) of `op` on `backend`; all share its schema."""
-    python = backend not in ("cpu", "cuda")
+    namespace = NAMESPACES.get(backend)
     if torch.compiler.is_compiling():
         # The caches are for eager calls: the tracer would look through them, with a warning.
-        if python:
+        if namespace is None:
             return _python_kernel.__wrapped__(op, backend, name)
-        return getattr(torch.ops.fastgpt, name).default
-    return _python_kernel(op, backend, name) if python else _native_kernel(name)
+        return _overload(namespace, name)
+    if namespace is None:
+        return _python_kernel(op, backend, name)
+    return _native_kernel(namespace, name)
 
 
 def support_matrix() -> str:

@@ -15,6 +15,9 @@ if not torch.cuda.is_available():
 from fastgpt import dispatch
 from fastgpt.backends import native
 from tests.contract import device_of
+from tests.emulator import backend as emulator
+
+emulator.add_to_table()  # before the tests are collected, which run over every cell of it
 
 
 def pytest_report_header() -> list[str]:
@@ -23,6 +26,7 @@ def pytest_report_header() -> list[str]:
         reason = dispatch.refusal("softmax", name, device_of(name), torch.float32)
         runs = f"runs ({native.cpu_isa() or 'ISA unknown'})" if name == "cpu" else "runs"
         lines.append(f"fastgpt {name}: {reason or runs}")
+    lines.append(f"fastgpt {emulator.NAME}: {emulator.missing() or 'runs'}")
     return lines
 
 

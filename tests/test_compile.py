@@ -76,7 +76,7 @@ def test_opcheck(spec: OpSpec, backend: str) -> None:
     assert len(calls) == (2 if spec.gradients else 1)
     for name, args in calls:
         torch.library.opcheck(
-            getattr(torch.ops.fastgpt, name).default,
+            getattr(getattr(torch.ops, dispatch.NAMESPACES[backend]), name).default,
             args,
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )

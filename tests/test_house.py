@@ -150,6 +150,19 @@ def test_one_file_launches() -> None:
     assert set(launches) == {"csrc/cuda/launch.cuh"}
 
 
+def test_shared_memory_only_by_the_macros_of_arch_h() -> None:
+    """For a CPU compiler, which the emulator is built with, __shared__ means nothing."""
+    assert set(matches(r"\b__shared__\b", "csrc")) == {"csrc/cuda/arch.h"}
+
+
+def test_the_emulator_is_known_where_it_must_be() -> None:
+    known = matches(r"\bFASTGPT_EMULATED\b|\bemulator::", "csrc")
+    primitives = {f"csrc/cuda/{name}.cuh" for name in ("copy", "launch", "mma", "reduce")}
+    bindings = {"csrc/torch/common.h", "csrc/torch/cuda_stream.h"}
+    assert set(known) == {"csrc/cuda/arch.h", *primitives, *bindings}
+    assert "emulat" not in "".join(text.lower() for _, text in sources("fastgpt"))
+
+
 def test_no_atomics_on_floats() -> None:
     assert not matches(r"\batomicAdd\s*\(|std::atomic<float>", "csrc")
 

@@ -1,4 +1,5 @@
-// Global memory in and out: up to 16 bytes at a time, converted from and to float.
+// Memory in and out: up to 16 bytes at a time, converted from and to float; chunks of 16 bytes as
+// they are, to shared memory also asynchronously (cp.async).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,6 +7,7 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/arch.h"
 #include "csrc/ops/tensor_ref.h"
 
 namespace fastgpt::cuda {
@@ -66,6 +68,66 @@ __device__ inline float parameter(const TensorRef& t, int64_t i, float fallback)
   if (t.dtype == DType::bf16) return to_float(static_cast<const __nv_bfloat16*>(t.data)[i]);
   if (t.dtype == DType::f16) return to_float(static_cast<const __half*>(t.data)[i]);
   return static_cast<const float*>(t.data)[i];
+}
+
+// ---- chunks of 16 bytes, at addresses that 16 divides ----
+
+constexpr int kChunkBytes = 16;
+
+__device__ inline uint4 load_chunk(const void* from) {
+  return *static_cast<const uint4*>(from);
+}
+
+__device__ inline void store_chunk(void* to, const uint4& chunk) {
+  *static_cast<uint4*>(to) = chunk;
+}
+
+// Where a tile with rows of kChunks chunks keeps a chunk, counted in chunks. Shared memory serves
+// eight chunks at once if they differ modulo 8: the chunks of a row, and also one column of eight
+// consecutive rows (which start at a multiple of 8), as ldmatrix reads them.
+template <int kChunks>
+__host__ __device__ constexpr int swizzled(int row, int chunk) {
+  constexpr int kPower = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
+  return row * kChunks + (chunk ^ (row / (8 / kPower) % kPower));
+}
+
+// ---- cp.async: from global to shared memory past the registers and past L1 ----
+
+#if !defined(FASTGPT_EMULATED)
+__device__ inline unsigned shared_address(const void* s_address) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(s_address));
+}
+#endif
+
+// One chunk of which the first `bytes` (0 to 16) are read, the others become zero. It may arrive
+// at any time until a wait of this thread for its group; other threads see it after a barrier.
+__device__ inline void copy_chunk_async(void* s_to, const void* g_from, int bytes = kChunkBytes) {
+#if defined(FASTGPT_EMULATED)
+  emulator::copy_async(s_to, g_from, bytes);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(s_to)),
+               "l"(__cvta_generic_to_global(g_from)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// This thread's copies since its last commit become a group.
+__device__ inline void commit_copies() {
+#if defined(FASTGPT_EMULATED)
+  emulator::commit_copies();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until all but the newest kGroups groups of this thread have arrived.
+template <int kGroups>
+__device__ inline void wait_copies() {
+#if defined(FASTGPT_EMULATED)
+  emulator::wait_copies(kGroups);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#endif
 }
 
 }  // namespace fastgpt::cuda

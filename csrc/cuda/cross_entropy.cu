@@ -53,7 +53,7 @@ __device__ void for_groups(const T* g_x, int n, const F& f) {
 
 template <typename T, int kPack>
 __global__ void __launch_bounds__(kMaxRowThreads) absorb_kernel(CrossEntropyAbsorb p) {
-  __shared__ float s_reduce[3 * kWarp];
+  FASTGPT_SHARED(float, s_reduce, 3 * kWarp);
   const int64_t row = blockIdx.x;
   const int n = static_cast<int>(p.x.size[1]);
   CrossEntropyRow state{0.0, -INFINITY, 0.0f, 0.0f};
@@ -125,7 +125,7 @@ __device__ double total_weight(const TensorRef& weight, int64_t classes, double*
 
 // One block: the losses of the rows, and their sum.
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(CrossEntropyFinish p) {
-  __shared__ double s_sums[kFinishThreads];
+  FASTGPT_SHARED(double, s_sums, kFinishThreads);
   const CrossEntropyOptions& o = p.options;
   const double soft = o.label_smoothing / static_cast<double>(o.classes);
   const double all = soft > 0.0 ? total_weight(p.weight, o.classes, s_sums) : 0.0;
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(CrossEntropyFini
 
 __global__ void __launch_bounds__(kFinishThreads)
     total_weight_kernel(TensorRef weight, int64_t classes, double* g_total) {
-  __shared__ double s_sums[kFinishThreads];
+  FASTGPT_SHARED(double, s_sums, kFinishThreads);
   const double total = total_weight(weight, classes, s_sums);
   if (threadIdx.x == 0) *g_total = total;
 }

@@ -1,7 +1,9 @@
 // The only place that launches a kernel, and where every CUDA error becomes an exception.
 #pragma once
 
+#if !defined(FASTGPT_EMULATED)
 #include <cuda_runtime.h>
+#endif
 
 #include <cstdint>
 #include <stdexcept>
@@ -10,11 +12,6 @@
 #include "csrc/cuda/arch.h"
 
 namespace fastgpt::cuda {
-
-static inline void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string("fastgpt: ") + what + ": " + cudaGetErrorString(status));
-}
 
 static inline void check_at_most(int64_t value, int64_t most, const char* what) {
   if (value <= most) return;
@@ -28,6 +25,14 @@ static inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
+#if defined(FASTGPT_EMULATED)
+using emulator::launch;
+#else
+static inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("fastgpt: ") + what + ": " + cudaGetErrorString(status));
+}
+
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Args... args) {
@@ -36,8 +41,10 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
                                static_cast<int>(shared_bytes)),
           "shared memory of a kernel");
   }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(Params(args)...);
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  kernel<<<grid, block, shared_bytes, on>>>(Params(args)...);
   check(cudaGetLastError(), "kernel launch");
 }
+#endif
 
 }  // namespace fastgpt::cuda

@@ -18,7 +18,7 @@ namespace {
 
 template <typename T, typename Y, int kPack, bool kCached>
 __global__ void __launch_bounds__(kMaxRowThreads) layer_norm_fwd_kernel(LayerNormFwd p) {
-  __shared__ float s_sums[kWarp];
+  FASTGPT_SHARED(float, s_sums, kWarp);
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.y) + threadIdx.y;
   if (row >= p.x.size[0]) return;  // a whole warp, and no other waits for it
   const int n = static_cast<int>(p.x.size[1]);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) layer_norm_fwd_kernel(LayerNor
 template <typename T, typename Y, int kPack, bool kCached>
 __global__ void __launch_bounds__(kMaxRowThreads)
     layer_norm_bwd_kernel(LayerNormBwd p, int64_t chunk_rows, float* g_sums) {
-  __shared__ float s_sums[2 * kWarp];
+  FASTGPT_SHARED(float, s_sums, 2 * kWarp);
   const int64_t r = p.x.size[0];
   const int n = static_cast<int>(p.x.size[1]);
   float* g_dweight = g_sums + blockIdx.x * 2 * static_cast<int64_t>(n);

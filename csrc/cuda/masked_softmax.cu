@@ -45,7 +45,7 @@ __device__ void clear_hidden(T* g_row, Span<kPack> span, int sk) {
 
 template <typename T, typename Y, int kPack, bool kCached>
 __global__ void __launch_bounds__(kMaxRowThreads) masked_softmax_fwd_kernel(MaskedSoftmaxFwd p) {
-  __shared__ float s_reduce[kWarp];
+  FASTGPT_SHARED(float, s_reduce, kWarp);
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.y) + threadIdx.y;
   const int64_t sq = p.scores.size[1], sk = p.scores.size[2];
   if (row >= p.scores.size[0] * sq) return;  // a whole warp, and no other waits for it
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) masked_softmax_fwd_kernel(Mask
 
 template <typename Y, typename X, int kPack, bool kCached>
 __global__ void __launch_bounds__(kMaxRowThreads) masked_softmax_bwd_kernel(MaskedSoftmaxBwd p) {
-  __shared__ float s_reduce[kWarp];
+  FASTGPT_SHARED(float, s_reduce, kWarp);
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.y) + threadIdx.y;
   const int64_t sq = p.y.size[1], sk = p.y.size[2];
   if (row >= p.y.size[0] * sq) return;

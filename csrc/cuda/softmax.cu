@@ -13,7 +13,7 @@ namespace {
 
 template <typename T, typename Y, int kPack, bool kCached>
 __global__ void __launch_bounds__(kMaxRowThreads) softmax_fwd_kernel(SoftmaxFwd p) {
-  __shared__ float s_reduce[kWarp];
+  FASTGPT_SHARED(float, s_reduce, kWarp);
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.y) + threadIdx.y;
   if (row >= p.x.size[0]) return;  // a whole warp, and no other waits for it
   const Span<kPack> all(0, static_cast<int>(p.x.size[1]));
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) softmax_fwd_kernel(SoftmaxFwd 
 
 template <typename Y, typename X, int kPack, bool kCached>
 __global__ void __launch_bounds__(kMaxRowThreads) softmax_bwd_kernel(SoftmaxBwd p) {
-  __shared__ float s_reduce[kWarp];
+  FASTGPT_SHARED(float, s_reduce, kWarp);
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.y) + threadIdx.y;
   if (row >= p.y.size[0]) return;
   const Span<kPack> all(0, static_cast<int>(p.y.size[1]));

@@ -12,13 +12,8 @@ Tensor bias_gelu_fwd(Tensor x, std::optional<Tensor> bias, bool tanh) {
   require(on_device(x, bias), "bias");
   const TensorRef in = view_input(x, "x", 2);
   const BiasGeluFwd p{in, view_parameter(bias, "bias", in.size[1]), view(y), tanh};
-  if (x.is_cpu()) {
-    cpu::bias_gelu_fwd(p);
-  } else {
-#if defined(FASTGPT_CUDA)
-    cuda::bias_gelu_fwd(p, CudaStream(x).get());
-#endif
-  }
+  run_on_device_of(
+      x, [&] { cpu::bias_gelu_fwd(p); }, [&](void* stream) { cuda::bias_gelu_fwd(p, stream); });
   return y;
 }
 
@@ -39,30 +34,23 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy, Tensor x, std::optional<Tens
                       view(dx),
                       view_unless_empty(dbias),
                       tanh};
-  if (x.is_cpu()) {
-    cpu::bias_gelu_bwd(p);
-  } else {
-#if defined(FASTGPT_CUDA)
-    Tensor workspace =
-        empty(x, {need_dbias ? cuda::bias_gelu_bwd_workspace(r, n) : 0}, ScalarType::Float);
-    cuda::bias_gelu_bwd(p, static_cast<float*>(workspace.data_ptr()), CudaStream(x).get());
-#endif
-  }
+  run_on_device_of(
+      x, [&] { cpu::bias_gelu_bwd(p); },
+      [&](void* stream) {
+        const int64_t floats = need_dbias ? cuda::bias_gelu_bwd_workspace(r, n) : 0;
+        const Tensor workspace = empty(x, {floats}, ScalarType::Float);
+        cuda::bias_gelu_bwd(p, static_cast<float*>(view(workspace).data), stream);
+      });
   return {dx, dbias};
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("bias_gelu_fwd", FASTGPT_BOX(bias_gelu_fwd));
+  m.impl("bias_gelu_bwd", FASTGPT_BOX(bias_gelu_bwd));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("bias_gelu_fwd", TORCH_BOX(&bias_gelu_fwd));
-  m.impl("bias_gelu_bwd", TORCH_BOX(&bias_gelu_bwd));
-}
-
-#if defined(FASTGPT_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
-  m.impl("bias_gelu_fwd", TORCH_BOX(&bias_gelu_fwd));
-  m.impl("bias_gelu_bwd", TORCH_BOX(&bias_gelu_bwd));
-}
-#endif
+FASTGPT_IMPLEMENT(implement)
 
 }  // namespace fastgpt::binding

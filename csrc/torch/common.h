@@ -16,6 +16,9 @@
 
 #include "csrc/cpu/pages.h"
 #include "csrc/ops/tensor_ref.h"
+#if defined(FASTGPT_EMULATED)
+#include "tests/emulator/emulator.h"
+#endif
 
 namespace fastgpt::binding {
 
@@ -57,6 +60,9 @@ inline TensorRef view(const Tensor& t) {
     r.size[i] = sizes[i];
     r.stride[i] = strides[i];
   }
+#if defined(FASTGPT_EMULATED)
+  emulator::allow(r);  // kernels that touch other memory are reported
+#endif
   return r;
 }
 

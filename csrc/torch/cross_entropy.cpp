@@ -25,13 +25,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target,
   if (x.numel() != 0) {
     const CrossEntropyAbsorb p{view_input(x, "x", 2), view(target), class_weights, 0, options,
                                row_states(rows)};
-    if (x.is_cpu()) {
-      cpu::cross_entropy_absorb(p);
-    } else {
-#if defined(FASTGPT_CUDA)
-      cuda::cross_entropy_absorb(p, CudaStream(x).get());
-#endif
-    }
+    run_on_device_of(
+        x, [&] { cpu::cross_entropy_absorb(p); },
+        [&](void* stream) { cuda::cross_entropy_absorb(p, stream); });
   }
   const CrossEntropyResult result = finish(target, class_weights, options, rows);
   return {result.loss, result.lse, result.weight_sum};
@@ -59,29 +55,22 @@ Tensor cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, std::optional<Te
                           view(dx),
                           0,
                           options};
-  if (x.is_cpu()) {
-    cpu::cross_entropy_bwd(p);
-  } else {
-#if defined(FASTGPT_CUDA)
-    Tensor workspace = empty(x, {1}, ScalarType::Double);
-    cuda::cross_entropy_bwd(p, static_cast<double*>(workspace.data_ptr()), CudaStream(x).get());
-#endif
-  }
+  run_on_device_of(
+      x, [&] { cpu::cross_entropy_bwd(p); },
+      [&](void* stream) {
+        const Tensor workspace = empty(x, {1}, ScalarType::Double);
+        cuda::cross_entropy_bwd(p, static_cast<double*>(view(workspace).data), stream);
+      });
   return dx;
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("cross_entropy_fwd", FASTGPT_BOX(cross_entropy_fwd));
+  m.impl("cross_entropy_bwd", FASTGPT_BOX(cross_entropy_bwd));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd));
-  m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd));
-}
-
-#if defined(FASTGPT_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
-  m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd));
-  m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd));
-}
-#endif
+FASTGPT_IMPLEMENT(implement)
 
 }  // namespace fastgpt::binding

@@ -1,15 +1,20 @@
-// The stream on which a CUDA op runs. The symbol that tells it is weak: one library loads into CPU
-// builds of torch too, where it is null.
+// Where an op runs: on the CPU, or on a CUDA stream. The symbol that tells the stream is weak: one
+// library loads into CPU builds of torch too, where it is null. Compiled for the emulator of the
+// tests, the CUDA kernels take the CPU's tensors, as ops of torch.ops.fastgpt_emulated.
 #pragma once
+
+#include <utility>
 
 #include "csrc/torch/common.h"
 
 #if defined(FASTGPT_CUDA)
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
 
 namespace fastgpt::binding {
 
+#if defined(FASTGPT_CUDA)
 // Makes the tensor's device current while it lives, and holds torch's current stream of it.
 class CudaStream {
  public:
@@ -25,6 +30,63 @@ class CudaStream {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+#endif
+
+// cpu() or cuda(stream), whichever has the kernels for x; a library without the kernels of one does
+// not refer to them.
+template <typename Cpu, typename Cuda>
+void run_on_device_of(const Tensor& x, const Cpu& cpu, const Cuda& cuda) {
+#if defined(FASTGPT_EMULATED)
+  static_cast<void>(x);
+  static_cast<void>(cpu);
+  cuda(nullptr);
+#else
+  if (x.is_cpu()) return cpu();
+#if defined(FASTGPT_CUDA)
+  const CudaStream stream(x);
+  cuda(stream.get());
+#else
+  static_cast<void>(cuda);
+#endif
+#endif
+}
+
+#if defined(FASTGPT_EMULATED)
+// A raw op whose kernels may touch the tensors that it views, and no others.
+template <auto function>
+struct Emulated;
+template <typename R, typename... Args, R (*function)(Args...)>
+struct Emulated<function> {
+  static R call(Args... args) {
+    const emulator::Memory memory;
+    return function(std::move(args)...);
+  }
+};
+#endif
 
 }  // namespace fastgpt::binding
+
+// Registers the raw ops of a file that has kernels for both devices: implement(m) calls
+// m.impl(name, FASTGPT_BOX(function)) for each.
+#if defined(FASTGPT_EMULATED)
+#define FASTGPT_BOX(function) TORCH_BOX(&fastgpt::binding::Emulated<&function>::call)
+#define FASTGPT_IMPLEMENT(implement)                    \
+  STABLE_TORCH_LIBRARY_IMPL(fastgpt_emulated, CPU, m) { \
+    implement(m);                                       \
+  }
+#elif defined(FASTGPT_CUDA)
+#define FASTGPT_BOX(function) TORCH_BOX(&function)
+#define FASTGPT_IMPLEMENT(implement)            \
+  STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {  \
+    implement(m);                               \
+  }                                             \
+  STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) { \
+    implement(m);                               \
+  }
+#else
+#define FASTGPT_BOX(function) TORCH_BOX(&function)
+#define FASTGPT_IMPLEMENT(implement)           \
+  STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) { \
+    implement(m);                              \
+  }
 #endif

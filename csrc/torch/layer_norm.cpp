@@ -23,11 +23,8 @@ LayerNormFwd forward_params(const Tensor& x, const std::optional<Tensor>& weight
 
 void run(const LayerNormFwd& p, const Tensor& x) {
   if (x.numel() == 0) return;
-  if (x.is_cpu()) return cpu::layer_norm_fwd(p);
-#if defined(FASTGPT_CUDA)
-  const CudaStream stream(x);
-  cuda::layer_norm_fwd(p, stream.get());
-#endif
+  run_on_device_of(
+      x, [&] { cpu::layer_norm_fwd(p); }, [&](void* stream) { cuda::layer_norm_fwd(p, stream); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, std::optional<Tensor> weight,
@@ -84,32 +81,23 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, std::opti
   p.dx = view(dx);
   p.dweight = view_unless_empty(dweight);
   p.dbias = view_unless_empty(dbias);
-  if (x.is_cpu()) {
-    cpu::layer_norm_bwd(p);
-  } else {
-#if defined(FASTGPT_CUDA)
-    const CudaStream stream(x);
-    Tensor workspace = empty(x, {cuda::layer_norm_bwd_workspace(r, n)}, ScalarType::Float);
-    cuda::layer_norm_bwd(p, static_cast<float*>(workspace.data_ptr()), stream.get());
-#endif
-  }
+  run_on_device_of(
+      x, [&] { cpu::layer_norm_bwd(p); },
+      [&](void* stream) {
+        Tensor workspace = empty(x, {cuda::layer_norm_bwd_workspace(r, n)}, ScalarType::Float);
+        cuda::layer_norm_bwd(p, static_cast<float*>(view(workspace).data), stream);
+      });
   return {dx, dweight, dbias};
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("layer_norm_fwd", FASTGPT_BOX(layer_norm_fwd));
+  m.impl("add_layer_norm_fwd", FASTGPT_BOX(add_layer_norm_fwd));
+  m.impl("layer_norm_bwd", FASTGPT_BOX(layer_norm_bwd));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
-  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
-  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
-}
-
-#if defined(FASTGPT_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
-  m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
-  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
-  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
-}
-#endif
+FASTGPT_IMPLEMENT(implement)
 
 }  // namespace fastgpt::binding

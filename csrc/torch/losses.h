@@ -37,7 +37,7 @@ inline Tensor empty_rows(const Tensor& like, int64_t r) {
 }
 
 inline CrossEntropyRow* row_states(const Tensor& rows) {
-  return static_cast<CrossEntropyRow*>(rows.data_ptr());
+  return static_cast<CrossEntropyRow*>(view(rows).data);
 }
 
 // The result of rows that have absorbed all their classes.
@@ -50,13 +50,9 @@ inline CrossEntropyResult finish(const Tensor& target, const TensorRef& weight,
   Tensor weight_sum = empty(target, {}, ScalarType::Float);
   const CrossEntropyFinish p{row_states(rows), view(target), weight,    o,
                              view(row_loss),   view(loss),   view(lse), view(weight_sum)};
-  if (target.is_cpu()) {
-    cpu::cross_entropy_finish(p);
-  } else {
-#if defined(FASTGPT_CUDA)
-    cuda::cross_entropy_finish(p, CudaStream(target).get());
-#endif
-  }
+  run_on_device_of(
+      target, [&] { cpu::cross_entropy_finish(p); },
+      [&](void* stream) { cuda::cross_entropy_finish(p, stream); });
   return {o.reduction == Reduction::none ? row_loss : loss, lse, weight_sum};
 }
 

@@ -13,13 +13,9 @@ Tensor masked_softmax_fwd(Tensor scores, double scale, bool causal, std::optiona
   if (scores.numel() == 0) return y;
   const MaskedSoftmaxFwd p{view_input(scores, "scores", 3), view(y), static_cast<float>(scale),
                            Band{causal, window.value_or(0)}};
-  if (scores.is_cpu()) {
-    cpu::masked_softmax_fwd(p);
-  } else {
-#if defined(FASTGPT_CUDA)
-    cuda::masked_softmax_fwd(p, CudaStream(scores).get());
-#endif
-  }
+  run_on_device_of(
+      scores, [&] { cpu::masked_softmax_fwd(p); },
+      [&](void* stream) { cuda::masked_softmax_fwd(p, stream); });
   return y;
 }
 
@@ -33,28 +29,19 @@ Tensor masked_softmax_bwd(Tensor dy, Tensor y, double scale, bool causal,
   require(on_device(y, dy), "dy");
   const MaskedSoftmaxBwd p{view_rows(dy, "dy", in.dtype, {r, sq, sk}), in, out,
                            static_cast<float>(scale), Band{causal, window.value_or(0)}};
-  if (y.is_cpu()) {
-    cpu::masked_softmax_bwd(p);
-  } else {
-#if defined(FASTGPT_CUDA)
-    cuda::masked_softmax_bwd(p, CudaStream(y).get());
-#endif
-  }
+  run_on_device_of(
+      y, [&] { cpu::masked_softmax_bwd(p); },
+      [&](void* stream) { cuda::masked_softmax_bwd(p, stream); });
   return dscores;
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("masked_softmax_fwd", FASTGPT_BOX(masked_softmax_fwd));
+  m.impl("masked_softmax_bwd", FASTGPT_BOX(masked_softmax_bwd));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("masked_softmax_fwd", TORCH_BOX(&masked_softmax_fwd));
-  m.impl("masked_softmax_bwd", TORCH_BOX(&masked_softmax_bwd));
-}
-
-#if defined(FASTGPT_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
-  m.impl("masked_softmax_fwd", TORCH_BOX(&masked_softmax_fwd));
-  m.impl("masked_softmax_bwd", TORCH_BOX(&masked_softmax_bwd));
-}
-#endif
+FASTGPT_IMPLEMENT(implement)
 
 }  // namespace fastgpt::binding

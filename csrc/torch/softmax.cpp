@@ -10,13 +10,8 @@ Tensor softmax_fwd(Tensor x, bool float_out) {
   Tensor y = empty(x, {x.size(0), x.size(1)}, result_dtype(x, float_out));
   if (x.numel() == 0) return y;
   const SoftmaxFwd p{view_input(x, "x", 2), view(y)};
-  if (x.is_cpu()) {
-    cpu::softmax_fwd(p);
-  } else {
-#if defined(FASTGPT_CUDA)
-    cuda::softmax_fwd(p, CudaStream(x).get());
-#endif
-  }
+  run_on_device_of(
+      x, [&] { cpu::softmax_fwd(p); }, [&](void* stream) { cuda::softmax_fwd(p, stream); });
   return y;
 }
 
@@ -27,28 +22,18 @@ Tensor softmax_bwd(Tensor dy, Tensor y, ScalarType in_dtype) {
   require(is_float(out) && (in.dtype == DType::f32 || in.dtype == out.dtype), "in_dtype");
   require(on_device(y, dy), "dy");
   const SoftmaxBwd p{view_rows(dy, "dy", in.dtype, {y.size(0), y.size(1)}), in, out};
-  if (y.is_cpu()) {
-    cpu::softmax_bwd(p);
-  } else {
-#if defined(FASTGPT_CUDA)
-    cuda::softmax_bwd(p, CudaStream(y).get());
-#endif
-  }
+  run_on_device_of(
+      y, [&] { cpu::softmax_bwd(p); }, [&](void* stream) { cuda::softmax_bwd(p, stream); });
   return dx;
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("softmax_fwd", FASTGPT_BOX(softmax_fwd));
+  m.impl("softmax_bwd", FASTGPT_BOX(softmax_bwd));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd));
-  m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd));
-}
-
-#if defined(FASTGPT_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
-  m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd));
-  m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd));
-}
-#endif
+FASTGPT_IMPLEMENT(implement)
 
 }  // namespace fastgpt::binding

@@ -1,0 +1,76 @@
+"""The emulator itself: primitives against the PTX ISA, planted faults, its place in the table."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgpt
+from fastgpt import dispatch
+from fastgpt import functional as F
+from tests.emulator import backend
+
+NOT_BUILT = backend.not_built(backend.CASES)
+
+
+def run_cases(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def cases() -> list[str]:
+    return run_cases(backend.CASES, "--list").stdout.splitlines() if NOT_BUILT is None else []
+
+
+@pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))
+@pytest.mark.parametrize("case", cases())
+def test_case(case: str) -> None:
+    """A primitive does what the PTX ISA says, or a fault is reported on every order of threads."""
+    done = run_cases(backend.CASES, case)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_primitives_on_the_gpu() -> None:
+    """What the emulator believes of the hardware is what the hardware does."""
+    if not backend.GPU_CASES.exists():
+        pytest.skip(f"{backend.GPU_CASES.name} is not built: `make gpu` does it")
+    done = run_cases(backend.GPU_CASES)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_cuda_cell_is_emulated() -> None:
+    for row in dispatch.TABLE.values():
+        assert row.get("cuda") == row.get(backend.NAME)
+
+
+def test_it_is_never_chosen_by_itself() -> None:
+    assert backend.NAME not in dispatch.BACKENDS
+    for op in dispatch.TABLE:
+        assert dispatch.pick(op, torch.randn(2, 3)) != backend.NAME
+
+
+needs_library = pytest.mark.skipif(backend.missing() is not None, reason=str(backend.missing()))
+
+
+@needs_library
+def test_orders_of_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(5, 700), torch.randn(700)
+    results = []
+    for schedule in range(8):
+        monkeypatch.setenv("FASTGPT_EMULATOR_SCHEDULE", str(schedule))
+        with fastgpt.backend(backend.NAME):
+            results.append(F.layer_norm(x, 700, weight))
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+    torch.testing.assert_close(results[0], torch.nn.functional.layer_norm(x, (700,), weight))
+
+
+@needs_library
+def test_layer_norm_reads_no_matrices() -> None:
+    backend.take_bank_conflicts()
+    with fastgpt.backend(backend.NAME):
+        F.layer_norm(torch.randn(2, 64), 64)
+    assert backend.take_bank_conflicts() == 0
