@@ -56,9 +56,11 @@ _HEADS = {
     "reference": Cell(REFERENCE_DTYPES),
 }
 
+_HEADS_CUDA = {**_HEADS, "cuda": Cell(NATIVE_DTYPES, max_head_dim=256)}
+
 TABLE: dict[str, dict[str, Cell]] = {
-    "attention": _HEADS,
-    "varlen_attention": _HEADS,
+    "attention": _HEADS_CUDA,
+    "varlen_attention": _HEADS_CUDA,
     "decode_attention": _HEADS,
     "layer_norm": _ROWS_CUDA,
     "add_layer_norm": _ROWS_CUDA,

@@ -102,4 +102,14 @@ ContentError varlen_attention_bwd(const VarlenAttentionBwd& p);
 ContentError decode_attention(const DecodeAttention& p);
 }  // namespace cpu
 
+// On a GPU the contents of tensors are not checked; whatever they hold, no other memory is met.
+namespace cuda {
+void attention_fwd(const AttentionFwd& p, void* stream);
+int64_t attention_bwd_workspace(const AttentionBwd& p);  // floats
+void attention_bwd(const AttentionBwd& p, float* workspace, void* stream);
+void varlen_attention_fwd(const VarlenAttentionFwd& p, void* stream);
+int64_t varlen_attention_bwd_workspace(const VarlenAttentionBwd& p);  // floats
+void varlen_attention_bwd(const VarlenAttentionBwd& p, float* workspace, void* stream);
+}  // namespace cuda
+
 }  // namespace fastgpt

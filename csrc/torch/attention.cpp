@@ -1,6 +1,7 @@
 #include "csrc/ops/attention.h"
 
 #include "csrc/torch/attention_common.h"
+#include "csrc/torch/cuda_stream.h"
 
 namespace fastgpt::binding {
 namespace {
@@ -24,6 +25,10 @@ AttentionInputs inputs(const Tensor& q, const Tensor& k, const Tensor& v, double
                        const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
                        const std::optional<Tensor>& alibi_slopes, double dropout_p,
                        const std::optional<Tensor>& dropout_seed) {
+  require(on_device(q, k) && on_device(q, v) && on_device(q, key_padding_mask) &&
+              on_device(q, bias) && on_device(q, mask) && on_device(q, alibi_slopes) &&
+              on_device(q, dropout_seed),
+          "k, v");
   AttentionInputs in;
   in.q = view_input(q, "q", 4);
   const int64_t b = in.q.size[0], h = in.q.size[1], d = in.q.size[3];
@@ -64,9 +69,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(
   Tensor lse = empty(q, {b, h, sq}, ScalarType::Float);
   Tensor out_lo = stores_out_lo(q, need_out_lo) ? token_major(q, b, h, sq, d) : empty(q, {0});
   if (q.numel() != 0) {
-    cpu::attention_fwd({inputs(q, k, v, scale, causal, window, query_offset, key_padding_mask, bias,
-                               mask, alibi_slopes, dropout_p, dropout_seed),
-                        view(out), view(lse), view_unless_empty(out_lo)});
+    const AttentionFwd p{inputs(q, k, v, scale, causal, window, query_offset, key_padding_mask,
+                                bias, mask, alibi_slopes, dropout_p, dropout_seed),
+                         view(out), view(lse), view_unless_empty(out_lo)};
+    run_on_device_of(
+        q, [&] { cpu::attention_fwd(p); }, [&](void* stream) { cuda::attention_fwd(p, stream); });
   }
   return {out, lse, out_lo};
 }
@@ -91,22 +98,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     return {dq, dk, dv, dbias};
   }
   const DType dtype = dtype_of(q);
-  cpu::attention_bwd(
-      {inputs(q, k, v, scale, causal, window, query_offset, key_padding_mask, bias, mask,
-              alibi_slopes, dropout_p, dropout_seed),
-       view_rows(dout, "dout", dtype, {b, h, sq, d}),
-       view_flat(dlse, "dlse", DType::f32, {b, h, sq}), view_rows(out, "out", dtype, {b, h, sq, d}),
-       view_flat(lse, "lse", DType::f32, {b, h, sq}),
-       out_lo.numel() == 0 ? TensorRef{} : view_rows(out_lo, "out_lo", dtype, {b, h, sq, d}),
-       view(dq), view(dk), view(dv), view_unless_empty(dbias)});
+  require(on_device(q, dout) && on_device(q, dlse) && on_device(q, out) && on_device(q, lse) &&
+              on_device(q, out_lo),
+          "dout");
+  const AttentionBwd p{
+      inputs(q, k, v, scale, causal, window, query_offset, key_padding_mask, bias, mask,
+             alibi_slopes, dropout_p, dropout_seed),
+      view_rows(dout, "dout", dtype, {b, h, sq, d}),
+      view_flat(dlse, "dlse", DType::f32, {b, h, sq}),
+      view_rows(out, "out", dtype, {b, h, sq, d}),
+      view_flat(lse, "lse", DType::f32, {b, h, sq}),
+      out_lo.numel() == 0 ? TensorRef{} : view_rows(out_lo, "out_lo", dtype, {b, h, sq, d}),
+      view(dq),
+      view(dk),
+      view(dv),
+      view_unless_empty(dbias)};
+  run_on_device_of(
+      q, [&] { cpu::attention_bwd(p); },
+      [&](void* stream) {
+        const Tensor workspace = empty(q, {cuda::attention_bwd_workspace(p)}, ScalarType::Float);
+        cuda::attention_bwd(p, static_cast<float*>(view(workspace).data), stream);
+      });
   return {dq, dk, dv, dbias};
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("attention_fwd", FASTGPT_BOX(attention_fwd));
+  m.impl("attention_bwd", FASTGPT_BOX(attention_bwd));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
-  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
-}
+FASTGPT_IMPLEMENT(implement)
 
 }  // namespace fastgpt::binding

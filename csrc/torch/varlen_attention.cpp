@@ -1,5 +1,6 @@
 #include "csrc/ops/attention.h"
 #include "csrc/torch/attention_common.h"
+#include "csrc/torch/cuda_stream.h"
 
 namespace fastgpt::binding {
 namespace {
@@ -8,6 +9,9 @@ VarlenAttentionInputs inputs(const Tensor& q, const Tensor& k, const Tensor& v,
                              const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                              int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool causal,
                              std::optional<int64_t> window) {
+  require(on_device(q, k) && on_device(q, v) && on_device(q, cu_seqlens_q) &&
+              on_device(q, cu_seqlens_k),
+          "k, v");
   VarlenAttentionInputs in;
   in.q = view_input(q, "q", 3);
   const int64_t tk = k.size(0), hk = k.size(1), d = in.q.size[2], offsets = cu_seqlens_q.numel();
@@ -35,10 +39,12 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_fwd(Tensor q, Tensor k, Tens
   Tensor out = empty(q, {tq, h, d});
   Tensor lse = empty(q, {h, tq}, ScalarType::Float);
   Tensor out_lo = stores_out_lo(q, need_out_lo) ? empty(q, {tq, h, d}) : empty(q, {0});
-  check_contents(
-      cpu::varlen_attention_fwd({inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                                        max_seqlen_k, scale, causal, window),
-                                 view(out), view(lse), view_unless_empty(out_lo)}));
+  const VarlenAttentionFwd p{inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                    scale, causal, window),
+                             view(out), view(lse), view_unless_empty(out_lo)};
+  run_on_device_of(
+      q, [&] { check_contents(cpu::varlen_attention_fwd(p)); },
+      [&](void* stream) { cuda::varlen_attention_fwd(p, stream); });
   return {out, lse, out_lo};
 }
 
@@ -55,21 +61,37 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
     return {dq, dk, dv};
   }
   const DType dtype = dtype_of(q);
-  check_contents(cpu::varlen_attention_bwd(
-      {inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-              window),
-       view_rows(dout, "dout", dtype, {tq, h, d}), view_flat(dlse, "dlse", DType::f32, {h, tq}),
-       view_rows(out, "out", dtype, {tq, h, d}), view_flat(lse, "lse", DType::f32, {h, tq}),
-       out_lo.numel() == 0 ? TensorRef{} : view_rows(out_lo, "out_lo", dtype, {tq, h, d}), view(dq),
-       view(dk), view(dv)}));
+  require(on_device(q, dout) && on_device(q, dlse) && on_device(q, out) && on_device(q, lse) &&
+              on_device(q, out_lo),
+          "dout");
+  const VarlenAttentionBwd p{
+      inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
+             window),
+      view_rows(dout, "dout", dtype, {tq, h, d}),
+      view_flat(dlse, "dlse", DType::f32, {h, tq}),
+      view_rows(out, "out", dtype, {tq, h, d}),
+      view_flat(lse, "lse", DType::f32, {h, tq}),
+      out_lo.numel() == 0 ? TensorRef{} : view_rows(out_lo, "out_lo", dtype, {tq, h, d}),
+      view(dq),
+      view(dk),
+      view(dv)};
+  run_on_device_of(
+      q, [&] { check_contents(cpu::varlen_attention_bwd(p)); },
+      [&](void* stream) {
+        const int64_t floats = cuda::varlen_attention_bwd_workspace(p);
+        const Tensor workspace = empty(q, {floats}, ScalarType::Float);
+        cuda::varlen_attention_bwd(p, static_cast<float*>(view(workspace).data), stream);
+      });
   return {dq, dk, dv};
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("varlen_attention_fwd", FASTGPT_BOX(varlen_attention_fwd));
+  m.impl("varlen_attention_bwd", FASTGPT_BOX(varlen_attention_bwd));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("varlen_attention_fwd", TORCH_BOX(&varlen_attention_fwd));
-  m.impl("varlen_attention_bwd", TORCH_BOX(&varlen_attention_bwd));
-}
+FASTGPT_IMPLEMENT(implement)
 
 }  // namespace fastgpt::binding

@@ -1,0 +1,54 @@
+// What the kernels of attention's backward share.
+//
+//     delta = rowsum(dout * out) - dlse    dS = P * (dout v^T * keep / (1 - p) - delta)
+//     dq = scale dS k    dk = scale dS^T q    dv = (P * keep / (1 - p))^T dout
+//
+// P is computed anew from q, k and lse. Source: Dao 2023, https://arxiv.org/abs/2307.08691.
+#pragma once
+
+#include "csrc/cuda/attention_tile.cuh"
+
+namespace fastgpt::cuda {
+
+struct Bwd {
+  AttentionProblem problem;
+  TensorRef dout, dq, dk, dv;
+  const float* g_delta;  // (b, h, sq), or (h, tq)
+  const float* g_lse2;   // lse in units of log2(e); inf where a query saw no key, so that P is 0
+  const float* g_dlse;   // or nullptr
+  float* g_exact;        // gets rowsum(P dP) - dlse; or nullptr
+  float scale;           // in units of log2(e)
+  float rescale;         // of what dropout keeps
+  bool direct_q, direct_k, direct_v, direct_dout;
+};
+
+// The rounding of P and dS to 16 bits does not average out in so few terms, nor would they fill the
+// tiles of a tensor core: these gradients are computed in floats.
+static inline bool in_floats(const AttentionProblem& p) {
+  return p.d < 16 || (p.sq < 16 && p.g_cu_seqlens_q == nullptr);
+}
+
+// f(Type<T>, Type<C>, Constant<width>, Constant<features>): tensors of T, tiles of C, float or T.
+template <typename F>
+void visit_gradients(const AttentionProblem& problem, bool features, const F& f) {
+  visit_dtype<__nv_bfloat16, __half>(problem.in.q.dtype, [&](auto type) {
+    const auto with = [&](auto tile_type) {
+      return [&f, type, tile_type](auto width, auto has) { f(type, tile_type, width, has); };
+    };
+    if constexpr (sizeof(typename decltype(type)::type) == 4) {
+      visit_float_width(problem.d, features, with(type));
+    } else if (in_floats(problem)) {
+      visit_width(problem.d, true, with(Type<float>{}));
+    } else {
+      visit_width(problem.d, features, with(type));
+    }
+  });
+}
+
+void attention_bwd_dkv(const Bwd& p, void* stream);
+void attention_bwd_dq(const Bwd& p, void* stream);
+// dbias, of the shape of the bias, from a delta that did not come of rounded P.
+int64_t attention_bwd_dbias_workspace(const AttentionProblem& problem, const TensorRef& dbias);
+void attention_bwd_dbias(const Bwd& p, const TensorRef& dbias, float* workspace, void* stream);
+
+}  // namespace fastgpt::cuda
