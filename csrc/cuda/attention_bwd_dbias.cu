@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(DbiasTile<C, kD>::kThreads) attention_bwd_dbia
     float r_s[1][kN][4], r_dp[1][kN][4];
     clear(r_s);
     clear(r_dp);
-    multiply_transposed<kD>(r_s, s_q, own, s_k);
-    multiply_transposed<kD>(r_dp, s_dout, own, s_v);
+    multiply_transposed<kD>(r_s, s_q, own, s_k, d);
+    multiply_transposed<kD>(r_dp, s_dout, own, s_v, d);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = own + at.row(0, 2 * i);

@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(DkvTile<C, kD, kFeatures>::kThreads)
     wait_copies<0>();
     __syncthreads();  // this tile is here, and the last one has been read
     if (step + 1 < steps) load_queries(step + 1);
+    if (n0 + own >= keys.count) continue;  // this warp has no rows
     const C* s_q = s_stages + step % 2 * Tile::kStage;
     const C* s_dout = s_q + kQueries * kD;
     const float* s_lse2 = s_statistics + step % 2 * 2 * kQueries;
@@ -127,8 +128,8 @@ __global__ void __launch_bounds__(DkvTile<C, kD, kFeatures>::kThreads)
     float r_p[kM][kN][4], r_ds[kM][kN][4];
     clear(r_p);
     clear(r_ds);
-    multiply_transposed<kD>(r_p, s_k, own, s_q);
-    multiply_transposed<kD>(r_ds, s_v, own, s_dout);
+    multiply_transposed<kD>(r_p, s_k, own, s_q, d);
+    multiply_transposed<kD>(r_ds, s_v, own, s_dout, d);
     const bool edge = kFeatures || walk.edge(step % walk.count);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
@@ -168,8 +169,8 @@ __global__ void __launch_bounds__(DkvTile<C, kD, kFeatures>::kThreads)
         }
       }
     }
-    multiply<kD>(r_dv, r_p, s_dout, first_column, s_scratch, SeesAll());
-    multiply<kD>(r_dk, r_ds, s_q, first_column, s_scratch, SeesAll());
+    multiply<kD>(r_dv, r_p, s_dout, first_column, d, s_scratch, SeesAll());
+    multiply<kD>(r_dk, r_ds, s_q, first_column, d, s_scratch, SeesAll());
   }
 
 #pragma unroll

@@ -109,14 +109,15 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads)
     wait_copies<0>();
     __syncthreads();  // this tile is here, and the last one has been read
     if (t + 1 < walk.count) load_keys(t + 1);
+    if (m0 + own >= sq) continue;  // this warp has no rows
     const C* s_k = s_stages + t % 2 * Tile::kStage;
     const int n0 = walk.at(t);
 
     float r_p[kM][kN][4], r_ds[kM][kN][4];
     clear(r_p);
     clear(r_ds);
-    multiply_transposed<kD>(r_p, s_q, own, s_k);
-    multiply_transposed<kD>(r_ds, s_dout, own, s_k + kKeys * kD);
+    multiply_transposed<kD>(r_p, s_q, own, s_k, d);
+    multiply_transposed<kD>(r_ds, s_dout, own, s_k + kKeys * kD, d);
     const bool edge = kFeatures || walk.edge(t);
     uint32_t seen = 0;
 #pragma unroll
@@ -160,9 +161,9 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads)
       }
     }
     if constexpr (kFeatures) {
-      multiply<kD>(r_dq, r_ds, s_k, 0, s_scratch, SeesSome(seen));
+      multiply<kD>(r_dq, r_ds, s_k, 0, d, s_scratch, SeesSome(seen));
     } else {
-      multiply<kD>(r_dq, r_ds, s_k, 0, s_scratch, SeesAll());
+      multiply<kD>(r_dq, r_ds, s_k, 0, d, s_scratch, SeesAll());
     }
   }
 

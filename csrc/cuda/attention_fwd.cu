@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(FwdTile<T, kD, kFeatures>::kThreads) attention
                                                [&](int row) { return m0 + row < sq; });
     load_keys(s_k, g_k, k_s, walk.at(0), p.direct_k);
   }
+  const bool busy = m0 + own < sq;  // this warp has rows
   for (int t = 0; t < walk.count; ++t) {
     const int n0 = walk.at(t);
     wait_copies<0>();
@@ -117,10 +118,11 @@ __global__ void __launch_bounds__(FwdTile<T, kD, kFeatures>::kThreads) attention
     load_keys(s_v, g_v, v_s, n0, p.direct_v);
     float r_s[kM][kN][4];
     clear(r_s);
-    multiply_transposed<kD>(r_s, s_q, own, s_k);
+    if (busy) multiply_transposed<kD>(r_s, s_q, own, s_k, d);
     wait_copies<0>();
     __syncthreads();  // V is here, and K has been read
     if (t + 1 < walk.count) load_keys(s_k, g_k, k_s, walk.at(t + 1), p.direct_k);
+    if (!busy) continue;
 
     // Scores in units of log2(e); without features still to be multiplied by the scale, which is
     // positive, so that the largest stays the largest and exp2 takes one multiply-add.
@@ -196,9 +198,9 @@ __global__ void __launch_bounds__(FwdTile<T, kD, kFeatures>::kThreads) attention
       }
     }
     if constexpr (kFeatures) {
-      multiply<kD>(r_out, r_s, s_v, 0, s_scratch, SeesSome(seen));
+      multiply<kD>(r_out, r_s, s_v, 0, d, s_scratch, SeesSome(seen));
     } else {
-      multiply<kD>(r_out, r_s, s_v, 0, s_scratch, SeesAll());
+      multiply<kD>(r_out, r_s, s_v, 0, d, s_scratch, SeesAll());
     }
   }
 

@@ -116,10 +116,11 @@ struct SeesSome {
   }
 };
 
-// r += a b^T, of the kM * 16 rows of s_a from a_row on and the 8 kN rows of s_b.
+// r += a b^T, of the kM * 16 rows of s_a from a_row on and the 8 kN rows of s_b, which have d
+// elements and then zeros.
 template <int kD, typename C, int kM, int kN>
 __device__ inline void multiply_transposed(float (&r)[kM][kN][4], const C* s_a, int a_row,
-                                           const C* s_b) {
+                                           const C* s_b, int d) {
   const Lane at;
   if constexpr (sizeof(C) == 2) {
 #pragma unroll
@@ -144,7 +145,7 @@ __device__ inline void multiply_transposed(float (&r)[kM][kN][4], const C* s_a, 
       }
     }
   } else {
-    for (int chunk = 0; chunk < kD / 4; ++chunk) {
+    for (int chunk = 0; 4 * chunk < d; ++chunk) {
       float4 a[kM][2];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
@@ -182,10 +183,10 @@ template <typename C, int kM, int kN>
 constexpr int kScratchFloats = sizeof(C) == 2 ? 0 : kM * 16 * (8 * kN + 4);
 
 // r += p b, with p as accumulators, rounded to C, and b the 8 kN rows of s_b, of which the columns
-// from 8 first on are taken. s_scratch: the warp's kScratchFloats.
+// from 8 first on are taken; those from d on are zero. s_scratch: the warp's kScratchFloats.
 template <int kD, typename C, int kM, int kN, int kColumns, typename S>
 __device__ inline void multiply(float (&r)[kM][kColumns][4], const float (&p)[kM][kN][4],
-                                const C* s_b, int first, float* s_scratch, const S& sees) {
+                                const C* s_b, int first, int d, float* s_scratch, const S& sees) {
   const Lane at;
   if constexpr (sizeof(C) == 2) {
 #pragma unroll
@@ -230,25 +231,36 @@ __device__ inline void multiply(float (&r)[kM][kColumns][4], const float (&p)[kM
       }
     }
     __syncwarp();
-    for (int k = 0; k < 8 * kN; ++k) {
-      float a[kM][2];
+    for (int k = 0; k < 8 * kN; k += 4) {
+      float a[kM][2][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) a[m][i] = s_scratch[at.row(m, 2 * i) * kPitch + k];
+        for (int i = 0; i < 2; ++i) {
+          const float4 four =
+              *reinterpret_cast<const float4*>(s_scratch + at.row(m, 2 * i) * kPitch + k);
+          a[m][i][0] = four.x;
+          a[m][i][1] = four.y;
+          a[m][i][2] = four.z;
+          a[m][i][3] = four.w;
+        }
       }
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
+        if (8 * (first + n) >= d) break;
         const int column = at.column(first + n, 0);
-        const float2 b = *reinterpret_cast<const float2*>(
-            chunk_at<const C, kD>(s_b, k, column / 4) + column % 4);
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
+        for (int j = 0; j < 4; ++j) {
+          const float2 b = *reinterpret_cast<const float2*>(
+              chunk_at<const C, kD>(s_b, k + j, column / 4) + column % 4);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (S::kGuards && a[m][i] == 0.0f) continue;
-            r[m][n][2 * i] = fmaf(a[m][i], b.x, r[m][n][2 * i]);
-            r[m][n][2 * i + 1] = fmaf(a[m][i], b.y, r[m][n][2 * i + 1]);
+          for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              if (S::kGuards && a[m][i][j] == 0.0f) continue;
+              r[m][n][2 * i] = fmaf(a[m][i][j], b.x, r[m][n][2 * i]);
+              r[m][n][2 * i + 1] = fmaf(a[m][i][j], b.y, r[m][n][2 * i + 1]);
+            }
           }
         }
       }
