@@ -48,15 +48,15 @@ int64_t statistics_of(const AttentionProblem& p) {
   return p.in.q.size[0] * p.in.q.size[1] * p.in.q.size[2];
 }
 
-int64_t workspace_of(const AttentionProblem& p, const TensorRef& dbias) {
-  return (dbias ? 3 : 2) * statistics_of(p) + (dbias ? attention_bwd_dbias_workspace(p, dbias) : 0);
+}  // namespace
+
+int64_t workspace_of_attention_bwd(const AttentionProblem& problem, const TensorRef& dbias) {
+  const int64_t rows = statistics_of(problem);
+  return dbias ? 3 * rows + attention_bwd_dbias_workspace(problem, dbias) : 2 * rows;
 }
 
-struct Results {
-  TensorRef dout, dlse, out, lse, out_lo, dq, dk, dv, dbias;
-};
-
-void run_bwd(const AttentionProblem& problem, const Results& r, float* workspace, void* stream) {
+void run_attention_bwd(const AttentionProblem& problem, const AttentionGradients& r,
+                       float* workspace, void* stream) {
   const AttentionInputs& in = problem.in;
   const bool packed = problem.g_cu_seqlens_q != nullptr;
   const int64_t rows = statistics_of(problem);
@@ -89,26 +89,14 @@ void run_bwd(const AttentionProblem& problem, const Results& r, float* workspace
   if (r.dbias) attention_bwd_dbias(p, r.dbias, workspace + 3 * rows, stream);
 }
 
-}  // namespace
-
 int64_t attention_bwd_workspace(const AttentionBwd& p) {
-  return workspace_of(problem_of(p.in), p.dbias);
+  return workspace_of_attention_bwd(problem_of(p.in), p.dbias);
 }
 
 void attention_bwd(const AttentionBwd& p, float* workspace, void* stream) {
-  run_bwd(problem_of(p.in), {p.dout, p.dlse, p.out, p.lse, p.out_lo, p.dq, p.dk, p.dv, p.dbias},
-          workspace, stream);
-}
-
-int64_t varlen_attention_bwd_workspace(const VarlenAttentionBwd& p) {
-  return workspace_of(problem_of(p.in), TensorRef{});
-}
-
-void varlen_attention_bwd(const VarlenAttentionBwd& p, float* workspace, void* stream) {
-  run_bwd(problem_of(p.in),
-          {as_batch(p.dout), p.dlse, as_batch(p.out), p.lse, as_batch(p.out_lo), as_batch(p.dq),
-           as_batch(p.dk), as_batch(p.dv), TensorRef{}},
-          workspace, stream);
+  run_attention_bwd(problem_of(p.in),
+                    {p.dout, p.dlse, p.out, p.lse, p.out_lo, p.dq, p.dk, p.dv, p.dbias}, workspace,
+                    stream);
 }
 
 }  // namespace fastgpt::cuda

@@ -28,22 +28,41 @@ static inline bool in_floats(const AttentionProblem& p) {
   return p.d < 16 || (p.sq < 16 && p.g_cu_seqlens_q == nullptr);
 }
 
-// f(Type<T>, Type<C>, Constant<width>, Constant<features>): tensors of T, tiles of C, float or T.
+// f(Type<T>, Type<C>, Constant<width>, Constant<true>): tensors of T, tiles of C, float or T.
 template <typename F>
-void visit_gradients(const AttentionProblem& problem, bool features, const F& f) {
+void visit_feature_gradients(const AttentionProblem& problem, const F& f) {
   visit_dtype<__nv_bfloat16, __half>(problem.in.q.dtype, [&](auto type) {
-    const auto with = [&](auto tile_type) {
-      return [&f, type, tile_type](auto width, auto has) { f(type, tile_type, width, has); };
+    const auto in_tiles_of = [&](auto tile_type) {
+      visit_feature_width(problem.d,
+                          [&](auto width, auto features) { f(type, tile_type, width, features); });
     };
+    in_floats(problem) ? in_tiles_of(Type<float>{}) : in_tiles_of(type);
+  });
+}
+
+// Likewise, with Constant<false> where there are no features.
+template <typename F>
+void visit_gradients(const AttentionProblem& problem, const F& f) {
+  if (has_features(problem.in) || in_floats(problem)) return visit_feature_gradients(problem, f);
+  visit_dtype<__nv_bfloat16, __half>(problem.in.q.dtype, [&](auto type) {
+    const auto run = [&](auto width, auto features) { f(type, type, width, features); };
     if constexpr (sizeof(typename decltype(type)::type) == 4) {
-      visit_float_width(problem.d, features, with(type));
-    } else if (in_floats(problem)) {
-      visit_width(problem.d, true, with(Type<float>{}));
+      visit_float_width(problem.d, false, run);
     } else {
-      visit_width(problem.d, features, with(type));
+      visit_width(problem.d, false, run);
     }
   });
 }
+
+// Everything that the backward reads and writes beside the inputs.
+struct AttentionGradients {
+  TensorRef dout, dlse, out, lse, out_lo, dq, dk, dv, dbias;
+};
+
+// attention_bwd.cu; the workspace is in floats.
+int64_t workspace_of_attention_bwd(const AttentionProblem& problem, const TensorRef& dbias);
+void run_attention_bwd(const AttentionProblem& problem, const AttentionGradients& r,
+                       float* workspace, void* stream);
 
 void attention_bwd_dkv(const Bwd& p, void* stream);
 void attention_bwd_dq(const Bwd& p, void* stream);

@@ -177,10 +177,8 @@ void plan(Dbias& p) {
 Dbias plan_of(const Bwd& bwd, const TensorRef& dbias) {
   const auto size = [&](int i) { return static_cast<int>(dbias.size[i]); };
   Dbias p{bwd, size(0), size(1), size(2) != 1, size(3) != 1, 0, 0, nullptr};
-  visit_gradients(bwd.problem, true, [&](auto, auto tile_type, auto width, auto features) {
-    if constexpr (decltype(features)::kValue) {
-      plan<typename decltype(tile_type)::type, decltype(width)::kValue>(p);
-    }
+  visit_feature_gradients(bwd.problem, [&](auto, auto tile_type, auto width, auto) {
+    plan<typename decltype(tile_type)::type, decltype(width)::kValue>(p);
   });
   return p;
 }
@@ -211,11 +209,9 @@ void attention_bwd_dbias(const Bwd& bwd, const TensorRef& dbias, float* workspac
   float* g_dbias = static_cast<float*>(dbias.data);
   p.g_partial = is_whole(p) ? g_dbias : workspace;
   if (p.m_tiles > 0 && p.n_tiles > 0) {
-    visit_gradients(bwd.problem, true, [&](auto type, auto tile_type, auto width, auto features) {
-      if constexpr (decltype(features)::kValue) {
-        launch_dbias<typename decltype(type)::type, typename decltype(tile_type)::type,
-                     decltype(width)::kValue>(p, stream);
-      }
+    visit_feature_gradients(bwd.problem, [&](auto type, auto tile_type, auto width, auto) {
+      launch_dbias<typename decltype(type)::type, typename decltype(tile_type)::type,
+                   decltype(width)::kValue>(p, stream);
     });
   }
   if (is_whole(p)) return;

@@ -13,7 +13,9 @@ struct DkvTile {
   static constexpr bool kTensorCores = sizeof(C) == 2;
   static constexpr int kWarps = !kTensorCores && kD > 128 ? 2 : 4;
   static constexpr int kM = kTensorCores && kD <= 64 && !kFeatures ? 2 : 1;  // of 16 keys, a warp
-  static constexpr int kQueries = !kTensorCores || kFeatures ? 16 : 32;
+  static constexpr int kQueries = !kTensorCores || kFeatures || kM == 2 ? 16 : 32;
+  // Warps without rows compute nothing, where the test costs no register that is needed.
+  static constexpr bool kAlwaysBusy = kTensorCores && !kFeatures;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kKeys = kWarps * kM * 16;
   static constexpr int kColumns = kD <= 128 ? kD : 128;  // of dk and dv, that a block computes
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(DkvTile<C, kD, kFeatures>::kThreads)
     wait_copies<0>();
     __syncthreads();  // this tile is here, and the last one has been read
     if (step + 1 < steps) load_queries(step + 1);
-    if (n0 + own >= keys.count) continue;  // this warp has no rows
+    if (!Tile::kAlwaysBusy && n0 + own >= keys.count) continue;
     const C* s_q = s_stages + step % 2 * Tile::kStage;
     const C* s_dout = s_q + kQueries * kD;
     const float* s_lse2 = s_statistics + step % 2 * 2 * kQueries;
@@ -202,11 +204,10 @@ void launch_dkv(const Bwd& p, void* stream) {
 
 void attention_bwd_dkv(const Bwd& p, void* stream) {
   if (p.problem.sk == 0) return;
-  visit_gradients(p.problem, has_features(p.problem.in),
-                  [&](auto type, auto tile_type, auto width, auto features) {
-                    launch_dkv<typename decltype(type)::type, typename decltype(tile_type)::type,
-                               decltype(width)::kValue, decltype(features)::kValue>(p, stream);
-                  });
+  visit_gradients(p.problem, [&](auto type, auto tile_type, auto width, auto features) {
+    launch_dkv<typename decltype(type)::type, typename decltype(tile_type)::type,
+               decltype(width)::kValue, decltype(features)::kValue>(p, stream);
+  });
 }
 
 }  // namespace fastgpt::cuda

@@ -12,17 +12,20 @@ struct DqTile {
   static constexpr bool kTensorCores = sizeof(C) == 2;
   static constexpr int kWarps = !kTensorCores && kD > 128 ? 2 : 4;
   static constexpr int kM = kTensorCores && kD <= 128 && !kFeatures ? 2 : 1;  // of 16 rows, a warp
-  static constexpr int kKeys = kTensorCores && !kFeatures ? 32 : 16;
+  static constexpr int kKeys = kTensorCores && !kFeatures && (kD <= 64 || kD > 128) ? 32 : 16;
+  // Warps without rows compute nothing, where the test costs no register that is needed.
+  static constexpr bool kAlwaysBusy = kM == 2;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kQueries = kWarps * kM * 16;
   static constexpr int kScratch = kWarps * kScratchFloats<C, kM, kKeys / 8>;
   static constexpr int kStage = 2 * kKeys * kD;  // k and v
   static constexpr int kSharedBytes =
-      (2 * kQueries * kD + 2 * kStage) * static_cast<int>(sizeof(C)) + kScratch * 4;
+      (2 * kQueries * kD + 2 * kStage) * static_cast<int>(sizeof(C)) +
+      (2 * kQueries + kScratch) * 4;
 };
 
 template <typename T, typename C, int kD, bool kFeatures>
-__global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads)
+__global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads, 1)
     attention_bwd_dq_kernel(Bwd p) {
   using Tile = DqTile<C, kD, kFeatures>;
   constexpr int kM = Tile::kM, kKeys = Tile::kKeys, kN = kKeys / 8, kThreads = Tile::kThreads;
@@ -32,8 +35,9 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads)
   C* s_stages = s_dout + Tile::kQueries * kD;
   const Lane at;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, own = warp * kM * 16;
-  float* s_scratch =
-      reinterpret_cast<float*>(s_stages + 2 * Tile::kStage) + warp * kScratchFloats<C, kM, kN>;
+  float* s_lse2 = reinterpret_cast<float*>(s_stages + 2 * Tile::kStage);
+  float* s_delta = s_lse2 + Tile::kQueries;
+  float* s_scratch = s_delta + Tile::kQueries + warp * kScratchFloats<C, kM, kN>;
 
   const AttentionProblem& problem = p.problem;
   const AttentionInputs& in = problem.in;
@@ -79,18 +83,12 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads)
     commit_copies();
   };
 
-  float r_dq[kM][kD / 8][4], r_lse2[kM][2], r_delta[kM][2], r_exact[kM][2];
+  float r_dq[kM][kD / 8][4], r_exact[kM][2] = {};
   clear(r_dq);
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = own + at.row(m, 2 * i);
-      const bool inside = m0 + row < sq;
-      r_lse2[m][i] = inside ? p.g_lse2[statistics + row] : INFINITY;
-      r_delta[m][i] = inside ? p.g_delta[statistics + row] : 0.0f;
-      r_exact[m][i] = 0.0f;
-    }
+  for (int row = static_cast<int>(threadIdx.x); row < Tile::kQueries; row += kThreads) {
+    const bool inside = m0 + row < sq;
+    s_lse2[row] = inside ? p.g_lse2[statistics + row] : INFINITY;
+    s_delta[row] = inside ? p.g_delta[statistics + row] : 0.0f;
   }
   if (walk.count > 0) {
     // What a query that sees no key holds must not be met.
@@ -109,7 +107,7 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads)
     wait_copies<0>();
     __syncthreads();  // this tile is here, and the last one has been read
     if (t + 1 < walk.count) load_keys(t + 1);
-    if (m0 + own >= sq) continue;  // this warp has no rows
+    if (!Tile::kAlwaysBusy && m0 + own >= sq) continue;
     const C* s_k = s_stages + t % 2 * Tile::kStage;
     const int n0 = walk.at(t);
 
@@ -125,6 +123,7 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = m0 + own + at.row(m, 2 * i);
+        const float lse2 = s_lse2[row - m0], delta = s_delta[row - m0];
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -132,13 +131,13 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads)
             const float s = r_p[m][n][2 * i + j];
             float& ds = r_ds[m][n][2 * i + j];
             const int column = n0 + at.column(n, j);
-            float exponent = fmaf(s, p.scale, -r_lse2[m][i]);
+            float exponent = fmaf(s, p.scale, -lse2);
             if (edge) {
               bool visible = band.sees(row, column);
               if (kFeatures) {
                 visible = visible && row < sq && !features.pads(column);
                 if (visible) {
-                  exponent = features.score(s * p.scale, row, column, band.offset) - r_lse2[m][i];
+                  exponent = features.score(s * p.scale, row, column, band.offset) - lse2;
                 }
               }
               if (!visible) exponent = -INFINITY;
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads)
               }
               r_exact[m][i] += probability * dp;
             }
-            ds = probability * (dp - r_delta[m][i]);
+            ds = probability * (dp - delta);
           }
         }
       }
@@ -185,7 +184,8 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads)
       const int row = own + at.row(m, 2 * i);
       float exact = warp_sum<4>(r_exact[m][i]);
       if (at.pair != 0 || m0 + row >= sq) continue;
-      if (p.g_dlse != nullptr && r_lse2[m][i] < INFINITY) exact -= p.g_dlse[statistics + row];
+      if (p.g_dlse != nullptr && p.g_lse2[statistics + row] < INFINITY)
+        exact -= p.g_dlse[statistics + row];
       p.g_exact[statistics + row] = exact;
     }
   }
@@ -203,11 +203,10 @@ void launch_dq(const Bwd& p, void* stream) {
 }  // namespace
 
 void attention_bwd_dq(const Bwd& p, void* stream) {
-  visit_gradients(p.problem, has_features(p.problem.in),
-                  [&](auto type, auto tile_type, auto width, auto features) {
-                    launch_dq<typename decltype(type)::type, typename decltype(tile_type)::type,
-                              decltype(width)::kValue, decltype(features)::kValue>(p, stream);
-                  });
+  visit_gradients(p.problem, [&](auto type, auto tile_type, auto width, auto features) {
+    launch_dq<typename decltype(type)::type, typename decltype(tile_type)::type,
+              decltype(width)::kValue, decltype(features)::kValue>(p, stream);
+  });
 }
 
 }  // namespace fastgpt::cuda

@@ -23,6 +23,8 @@ struct FwdTile {
                                : kFeatures || kD > 80 ? 32
                                : kD > 64              ? 48
                                                       : 64;
+  // Warps without rows compute nothing, where the test costs no register that is needed.
+  static constexpr bool kAlwaysBusy = kM == 2;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kQueries = kWarps * kM * 16;
   static constexpr int kScratch = kWarps * kScratchFloats<C, kM, kKeys / 8>;
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(FwdTile<T, kD, kFeatures>::kThreads) attention
                                                [&](int row) { return m0 + row < sq; });
     load_keys(s_k, g_k, k_s, walk.at(0), p.direct_k);
   }
-  const bool busy = m0 + own < sq;  // this warp has rows
+  const bool busy = Tile::kAlwaysBusy || m0 + own < sq;
   for (int t = 0; t < walk.count; ++t) {
     const int n0 = walk.at(t);
     wait_copies<0>();
@@ -247,8 +249,10 @@ void launch_fwd(const Fwd& p, void* stream) {
          Tile::kSharedBytes, stream, p);
 }
 
-void run_fwd(const AttentionProblem& problem, const TensorRef& out, const TensorRef& out_lo,
-             const TensorRef& lse, void* stream) {
+}  // namespace
+
+void run_attention_fwd(const AttentionProblem& problem, const TensorRef& out,
+                       const TensorRef& out_lo, const TensorRef& lse, void* stream) {
   if (problem.h == 0 || problem.d == 0 || elements_of(problem) == 0 || problem.sq == 0) return;
   const AttentionInputs& in = problem.in;
   const bool packed = problem.g_cu_seqlens_q != nullptr;
@@ -274,14 +278,8 @@ void run_fwd(const AttentionProblem& problem, const TensorRef& out, const Tensor
   });
 }
 
-}  // namespace
-
 void attention_fwd(const AttentionFwd& p, void* stream) {
-  run_fwd(problem_of(p.in), p.out, p.out_lo, p.lse, stream);
-}
-
-void varlen_attention_fwd(const VarlenAttentionFwd& p, void* stream) {
-  run_fwd(problem_of(p.in), as_batch(p.out), as_batch(p.out_lo), p.lse, stream);
+  run_attention_fwd(problem_of(p.in), p.out, p.out_lo, p.lse, stream);
 }
 
 }  // namespace fastgpt::cuda

@@ -43,46 +43,14 @@ static inline AttentionProblem problem_of(const AttentionInputs& in) {
   return p;
 }
 
-// (t, h, d), packed, as (1, h, t, d).
-static inline TensorRef as_batch(const TensorRef& t) {
-  TensorRef r = t;
-  if (!t) return r;
-  r.ndim = 4;
-  const int64_t size[] = {1, t.size[1], t.size[0], t.size[2]};
-  const int64_t stride[] = {0, t.stride[1], t.stride[0], 1};
-  for (int i = 0; i < 4; ++i) {
-    r.size[i] = size[i];
-    r.stride[i] = stride[i];
-  }
-  return r;
-}
-
-static inline AttentionProblem problem_of(const VarlenAttentionInputs& v) {
-  AttentionInputs in{};
-  in.q = as_batch(v.q);
-  in.k = as_batch(v.k);
-  in.v = as_batch(v.v);
-  in.scale = v.scale;
-  in.causal = v.causal;
-  in.window = v.window;
-  check_at_most(v.cu_seqlens_q.size[0], kMostRows, "documents");
-  AttentionProblem p = problem_of(in);
-  p.g_cu_seqlens_q = static_cast<const int32_t*>(v.cu_seqlens_q.data);
-  p.g_cu_seqlens_k = static_cast<const int32_t*>(v.cu_seqlens_k.data);
-  p.b = static_cast<int>(v.cu_seqlens_q.size[0] - 1);
-  // At least one row, so that there are blocks for the tokens that no document has.
-  const auto longest = [](int64_t s) {
-    return static_cast<int>(s < 1 ? 1 : s < kMostRows ? s : kMostRows);
-  };
-  p.sq = longest(v.max_seqlen_q);
-  p.sk = longest(v.max_seqlen_k);
-  return p;
-}
-
 // Elements of the batch, and one more for the tokens that no document has.
 static inline int64_t elements_of(const AttentionProblem& p) {
   return p.b + (p.g_cu_seqlens_q != nullptr ? 1 : 0);
 }
+
+// attention_fwd.cu
+void run_attention_fwd(const AttentionProblem& problem, const TensorRef& out,
+                       const TensorRef& out_lo, const TensorRef& lse, void* stream);
 
 // ---- which rows, which block ----
 

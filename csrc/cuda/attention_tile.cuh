@@ -123,7 +123,7 @@ __device__ inline void multiply_transposed(float (&r)[kM][kN][4], const C* s_a, 
                                            const C* s_b, int d) {
   const Lane at;
   if constexpr (sizeof(C) == 2) {
-#pragma unroll
+#pragma unroll 4  // all at once would want more registers than there are
     for (int step = 0; step < kD / 16; ++step) {
       uint32_t r_a[kM][4];
 #pragma unroll
@@ -322,12 +322,15 @@ __device__ inline void clear_rows(T* g_rows, int64_t stride, int count, int d) {
 // Calls f(Constant<width>, Constant<features>) with the width of the tiles that hold heads of d
 // elements. Rare kernels are compiled for fewer widths.
 template <typename F>
+void visit_feature_width(int d, const F& f) {
+  if (d <= 64) return f(Constant<64>{}, Constant<true>{});
+  if (d <= 128) return f(Constant<128>{}, Constant<true>{});
+  f(Constant<256>{}, Constant<true>{});
+}
+
+template <typename F>
 void visit_width(int d, bool features, const F& f) {
-  if (features) {
-    if (d <= 64) return f(Constant<64>{}, Constant<true>{});
-    if (d <= 128) return f(Constant<128>{}, Constant<true>{});
-    return f(Constant<256>{}, Constant<true>{});
-  }
+  if (features) return visit_feature_width(d, f);
   if (d <= 64) return f(Constant<64>{}, Constant<false>{});
   if (d <= 80) return f(Constant<80>{}, Constant<false>{});
   if (d <= 96) return f(Constant<96>{}, Constant<false>{});
@@ -338,11 +341,10 @@ void visit_width(int d, bool features, const F& f) {
 // Likewise for tiles of floats.
 template <typename F>
 void visit_float_width(int d, bool features, const F& f) {
-  visit_bool(features, [&](auto with) {
-    if (d <= 64) return f(Constant<64>{}, with);
-    if (d <= 128) return f(Constant<128>{}, with);
-    f(Constant<256>{}, with);
-  });
+  if (features) return visit_feature_width(d, f);
+  if (d <= 64) return f(Constant<64>{}, Constant<false>{});
+  if (d <= 128) return f(Constant<128>{}, Constant<false>{});
+  f(Constant<256>{}, Constant<false>{});
 }
 
 }  // namespace fastgpt::cuda

@@ -6,6 +6,7 @@
 #include <link.h>
 
 #include <algorithm>
+#include <bitset>
 #include <cstring>
 
 #include "tests/emulator/block.h"
@@ -22,7 +23,6 @@ constexpr unsigned char kPoison = 0xff;  // NaN in every float dtype
 struct Access {
   uint16_t bytes;  // of the chunk
   uint16_t thread;
-  bool write;
   uint32_t clock;
   const void* pc;
 };
@@ -31,7 +31,9 @@ struct Chunk {
   uint64_t block = 0, barrier = 0;  // when it was last used
   uint16_t written = 0, in_flight = 0;
   const void* copy_pc = nullptr;
-  std::vector<Access> accesses;  // since the barrier; later ones do not replace what they overlap
+  // Since the barrier; later ones do not replace what they overlap.
+  std::vector<Access> writes, reads;
+  std::bitset<kMaxThreads> has_read;  // who is in `reads`
 };
 
 struct Array {
@@ -96,7 +98,9 @@ Chunk& chunk_at(size_t offset) {
   }
   if (chunk.barrier != barrier_number) {
     chunk.barrier = barrier_number;
-    chunk.accesses.clear();
+    chunk.writes.clear();
+    chunk.reads.clear();
+    chunk.has_read.reset();
   }
   return chunk;
 }
@@ -113,34 +117,49 @@ bool is_ordered(const Access& before, const Thread& t, bool whole_warp) {
   return true;
 }
 
+void forget(std::vector<Access>& list, uint16_t bytes) {
+  for (Access& a : list) a.bytes = static_cast<uint16_t>(a.bytes & ~bytes);
+  const auto empty = [](const Access& a) { return a.bytes == 0; };
+  list.erase(std::remove_if(list.begin(), list.end(), empty), list.end());
+}
+
 void remember(Chunk& chunk, const Thread& t, uint16_t bytes, bool write, const void* pc) {
-  std::vector<Access>& list = chunk.accesses;
   const uint32_t clock = known[t.id][t.id];
+  const Access access{bytes, static_cast<uint16_t>(t.id), clock, pc};
   if (write) {
     // Everything that it overlaps is ordered before it, so that it stands for all of that.
-    for (Access& a : list) a.bytes = static_cast<uint16_t>(a.bytes & ~bytes);
-    const auto empty = [](const Access& a) { return a.bytes == 0; };
-    list.erase(std::remove_if(list.begin(), list.end(), empty), list.end());
+    forget(chunk.writes, bytes);
+    forget(chunk.reads, bytes);
     chunk.written |= bytes;
-  } else {
+    chunk.writes.push_back(access);
+    return;
+  }
+  if (chunk.has_read[t.id]) {
     // What comes after this read comes after the thread's earlier ones too.
-    for (Access& a : list) {
-      if (a.write || a.thread != t.id || (a.clock != clock && (a.bytes & ~bytes) != 0)) continue;
-      a = {static_cast<uint16_t>(a.bytes | bytes), a.thread, false, clock, pc};
+    for (Access& a : chunk.reads) {
+      if (a.thread != t.id || (a.clock != clock && (a.bytes & ~bytes) != 0)) continue;
+      a = {static_cast<uint16_t>(a.bytes | bytes), a.thread, clock, pc};
       return;
     }
   }
-  list.push_back({bytes, static_cast<uint16_t>(t.id), write, clock, pc});
+  chunk.has_read[t.id] = true;
+  chunk.reads.push_back(access);
 }
 
 enum class Kind { read, read_by_warp, write, copy_issued, copy_landed };
 
-[[noreturn]] void report_race(const Thread& t, bool write, const Access& before, size_t bytes,
-                              size_t offset, const void* pc) {
-  fail("race: " + thread_name(t) + (write ? " writes " : " reads ") + bytes_at(bytes, offset) +
-           " at %, thread " + std::to_string(before.thread) + (before.write ? " wrote" : " read") +
-           " there at %, and nothing orders the two",
-       {pc, before.pc});
+// Reports the first of these accesses that nothing orders before one of the bytes [begin, end).
+void require_ordered(const std::vector<Access>& list, bool writes, const Thread& t, size_t begin,
+                     size_t end, Kind kind, const void* pc) {
+  const uint16_t bytes = bytes_of_chunk(begin, end);
+  for (const Access& before : list) {
+    if ((before.bytes & bytes) == 0 || is_ordered(before, t, kind == Kind::read_by_warp)) continue;
+    const bool reads = kind == Kind::read || kind == Kind::read_by_warp;
+    fail("race: " + thread_name(t) + (reads ? " reads " : " writes ") +
+             bytes_at(end - begin, begin) + " at %, thread " + std::to_string(before.thread) +
+             (writes ? " wrote" : " read") + " there at %, and nothing orders the two",
+         {pc, before.pc});
+  }
 }
 
 void touch_chunk(const Thread& t, size_t begin, size_t end, Kind kind, const void* pc) {
@@ -156,11 +175,8 @@ void touch_chunk(const Thread& t, size_t begin, size_t end, Kind kind, const voi
     fail(thread_name(t) + " reads " + bytes_at(end - begin, begin) + " at %, which nobody wrote",
          {pc});
   }
-  for (const Access& before : chunk.accesses) {
-    if ((before.bytes & bytes) == 0 || !(write || before.write)) continue;
-    if (is_ordered(before, t, kind == Kind::read_by_warp)) continue;
-    report_race(t, write, before, end - begin, begin, pc);
-  }
+  require_ordered(chunk.writes, true, t, begin, end, kind, pc);
+  if (write) require_ordered(chunk.reads, false, t, begin, end, kind, pc);
   if (kind == Kind::copy_issued) {
     chunk.in_flight |= bytes;
     chunk.copy_pc = pc;
