@@ -55,13 +55,12 @@ _HEADS = {
     "triton": Cell(NATIVE_DTYPES, max_head_dim=256),
     "reference": Cell(REFERENCE_DTYPES),
 }
-
 _HEADS_CUDA = {**_HEADS, "cuda": Cell(NATIVE_DTYPES, max_head_dim=256)}
 
 TABLE: dict[str, dict[str, Cell]] = {
     "attention": _HEADS_CUDA,
     "varlen_attention": _HEADS_CUDA,
-    "decode_attention": _HEADS,
+    "decode_attention": _HEADS_CUDA,
     "layer_norm": _ROWS_CUDA,
     "add_layer_norm": _ROWS_CUDA,
     "softmax": _ROWS_CUDA,
