@@ -46,28 +46,27 @@ class Cell:
 
 _ROWS = {
     "cpu": Cell(NATIVE_DTYPES),
+    "cuda": Cell(NATIVE_DTYPES),
     "triton": Cell(NATIVE_DTYPES),
     "reference": Cell(REFERENCE_DTYPES),
 }
-_ROWS_CUDA = {**_ROWS, "cuda": Cell(NATIVE_DTYPES)}
 _HEADS = {
     "cpu": Cell(NATIVE_DTYPES, max_head_dim=256),
+    "cuda": Cell(NATIVE_DTYPES, max_head_dim=256),
     "triton": Cell(NATIVE_DTYPES, max_head_dim=256),
     "reference": Cell(REFERENCE_DTYPES),
 }
 
-_HEADS_CUDA = {**_HEADS, "cuda": Cell(NATIVE_DTYPES, max_head_dim=256)}
-
 TABLE: dict[str, dict[str, Cell]] = {
-    "attention": _HEADS_CUDA,
-    "varlen_attention": _HEADS_CUDA,
+    "attention": _HEADS,
+    "varlen_attention": _HEADS,
     "decode_attention": _HEADS,
-    "layer_norm": _ROWS_CUDA,
-    "add_layer_norm": _ROWS_CUDA,
-    "softmax": _ROWS_CUDA,
-    "masked_softmax": _ROWS_CUDA,
-    "bias_gelu": _ROWS_CUDA,
-    "cross_entropy": _ROWS_CUDA,
+    "layer_norm": _ROWS,
+    "add_layer_norm": _ROWS,
+    "softmax": _ROWS,
+    "masked_softmax": _ROWS,
+    "bias_gelu": _ROWS,
+    "cross_entropy": _ROWS,
     "linear_cross_entropy": _ROWS,
 }
 """op -> backend -> what its kernel accepts. Absent cell: no such kernel."""

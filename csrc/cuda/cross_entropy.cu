@@ -163,14 +163,14 @@ __global__ void __launch_bounds__(kFinishThreads)
 }
 
 // g_total: the sum of the class weights, read under label smoothing alone.
-template <typename T, int kPack>
+template <typename T, typename Y, int kPack>
 __global__ void __launch_bounds__(kMaxRowThreads)
     cross_entropy_bwd_kernel(CrossEntropyBwd p, const double* g_total) {
   const int64_t row = blockIdx.x;
   const int n = static_cast<int>(p.x.size[1]);
   const CrossEntropyOptions& o = p.options;
   const T* g_x = row_of<const T>(p.x, row);
-  T* g_dx = row_of<T>(p.dx, row);
+  Y* g_dx = row_of<Y>(p.dx, row);
   const int64_t target = target_of(p.target, row, o);
   if (target == o.ignore_index) {
     const float r_zero[kPack] = {};
@@ -178,7 +178,8 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     return;
   }
   const float* g_dloss = static_cast<const float*>(p.dloss.data);
-  double g = o.reduction == Reduction::none ? g_dloss[row] : g_dloss[0];
+  double g = 1.0;
+  if (g_dloss != nullptr) g = o.reduction == Reduction::none ? g_dloss[row] : g_dloss[0];
   if (o.reduction == Reduction::mean) g /= static_cast<const float*>(p.weight_sum.data)[0];
   const double picked_weight = (1.0 - o.label_smoothing) * weight_of(p.weight, target);
   const double soft = o.label_smoothing / static_cast<double>(o.classes);
@@ -233,8 +234,17 @@ void cross_entropy_bwd(const CrossEntropyBwd& p, double* workspace, void* stream
            p.options.classes, workspace);
   }
   for_rows(p.x, {p.x, p.dx}, [&](auto type, auto pack, dim3 threads) {
-    launch(cross_entropy_bwd_kernel<typename decltype(type)::type, decltype(pack)::kValue>,
-           dim3(grid_size(p.x.size[0])), threads, 0, stream, p, workspace);
+    using T = typename decltype(type)::type;
+    const auto run = [&](auto result) {
+      using Y = typename decltype(result)::type;
+      launch(cross_entropy_bwd_kernel<T, Y, decltype(pack)::kValue>, dim3(grid_size(p.x.size[0])),
+             threads, 0, stream, p, workspace);
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      visit_dtype<__nv_bfloat16, __half>(p.dx.dtype, run);
+    } else {
+      run(type);
+    }
   });
 }
 

@@ -110,6 +110,8 @@ void attention_bwd(const AttentionBwd& p, float* workspace, void* stream);
 void varlen_attention_fwd(const VarlenAttentionFwd& p, void* stream);
 int64_t varlen_attention_bwd_workspace(const VarlenAttentionBwd& p);  // floats
 void varlen_attention_bwd(const VarlenAttentionBwd& p, float* workspace, void* stream);
+int64_t decode_attention_workspace(const DecodeAttention& p);  // floats
+void decode_attention(const DecodeAttention& p, float* workspace, void* stream);
 }  // namespace cuda
 
 }  // namespace fastgpt

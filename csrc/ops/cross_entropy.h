@@ -45,13 +45,13 @@ struct CrossEntropyFinish {
 };
 
 struct CrossEntropyBwd {
-  TensorRef dloss;       // (r) for Reduction::none, else (); f32
+  TensorRef dloss;       // (r) for Reduction::none, else (); f32; on GPUs also absent: 1
   TensorRef x;           // (r, n), as absorbed
   TensorRef target;      // (r) i64
   TensorRef weight;      // (v) f32 or absent
   TensorRef lse;         // (r) f64
   TensorRef weight_sum;  // () f32
-  TensorRef dx;          // (r, n) in x's dtype; may be x itself
+  TensorRef dx;          // (r, n) in x's dtype, may be x itself; on GPUs also narrower
   int64_t first_class;
   CrossEntropyOptions options;
 };

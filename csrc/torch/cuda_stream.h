@@ -32,6 +32,16 @@ class CudaStream {
 };
 #endif
 
+// Whether run_on_device_of takes the CUDA kernels for x.
+inline bool runs_cuda_kernels(const Tensor& x) {
+#if defined(FASTGPT_EMULATED)
+  static_cast<void>(x);
+  return true;
+#else
+  return !x.is_cpu();
+#endif
+}
+
 // cpu() or cuda(stream), whichever has the kernels for x; a library without the kernels of one does
 // not refer to them.
 template <typename Cpu, typename Cuda>

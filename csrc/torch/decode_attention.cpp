@@ -1,5 +1,6 @@
 #include "csrc/ops/attention.h"
 #include "csrc/torch/attention_common.h"
+#include "csrc/torch/cuda_stream.h"
 
 namespace fastgpt::binding {
 namespace {
@@ -29,21 +30,36 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
   require_groups(h, hk);
   require(!ring || capacity > 0, "k_cache");
   require(k_new.has_value() == v_new.has_value(), "v_new");
-  check_contents(
-      cpu::decode_attention({queries, view_rows(k_cache, "k_cache", dtype, {b, hk, capacity, d}),
-                             view_rows(v_cache, "v_cache", dtype, {b, hk, capacity, d}),
-                             view_counts(cache_lengths, "cache_lengths", b),
-                             view_rows(k_new, "k_new", dtype, {b, hk, t_new, d}),
-                             view_rows(v_new, "v_new", dtype, {b, hk, t_new, d}),
-                             view_counts(cache_start, "cache_start", b), view(out), view(lse),
-                             static_cast<float>(scale), window.value_or(0), ring}));
+  require(on_device(q, k_cache) && on_device(q, v_cache) && on_device(q, cache_lengths) &&
+              on_device(q, k_new) && on_device(q, v_new) && on_device(q, cache_start),
+          "q");
+  const DecodeAttention p{queries,
+                          view_rows(k_cache, "k_cache", dtype, {b, hk, capacity, d}),
+                          view_rows(v_cache, "v_cache", dtype, {b, hk, capacity, d}),
+                          view_counts(cache_lengths, "cache_lengths", b),
+                          view_rows(k_new, "k_new", dtype, {b, hk, t_new, d}),
+                          view_rows(v_new, "v_new", dtype, {b, hk, t_new, d}),
+                          view_counts(cache_start, "cache_start", b),
+                          view(out),
+                          view(lse),
+                          static_cast<float>(scale),
+                          window.value_or(0),
+                          ring};
+  run_on_device_of(
+      q, [&] { check_contents(cpu::decode_attention(p)); },
+      [&](void* stream) {
+        Tensor workspace = empty(q, {cuda::decode_attention_workspace(p)}, ScalarType::Float);
+        cuda::decode_attention(p, static_cast<float*>(view(workspace).data), stream);
+      });
   return {out, lse};
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("decode_attention", FASTGPT_BOX(decode_attention));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("decode_attention", TORCH_BOX(&decode_attention));
-}
+FASTGPT_IMPLEMENT(implement)
 
 }  // namespace fastgpt::binding

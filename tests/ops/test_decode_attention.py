@@ -178,13 +178,17 @@ def test_contract(backend: str, dtype: torch.dtype, case: Case) -> None:
 FAR = 2**31 - 1
 
 
+GPU_BACKENDS = [b for b in dispatch.TABLE["decode_attention"] if b not in ("cpu", "reference")]
+
+
 @pytest.mark.parametrize("ring", [False, True], ids=["linear", "ring"])
 @pytest.mark.parametrize("t", [1, 3, 17], ids=lambda t: f"t={t}")
 @pytest.mark.parametrize("append", [True, False], ids=["append", "no_append"])
-def test_any_length_and_start_is_memory_safe(ring: bool, t: int, append: bool) -> None:
+@pytest.mark.parametrize("tested", GPU_BACKENDS)
+def test_any_length_and_start_is_memory_safe(tested: str, append: bool, t: int, ring: bool) -> None:
     """What the op does not check on a GPU: the raw kernel writes and reads no slot that is not
     there, and agrees with the reference about the others."""
-    skip_unless_runs("decode_attention", "triton")
+    skip_unless_runs("decode_attention", tested)
     pairs = [(-FAR - 1, 0), (-1, 0), (-9, -5), (5, -FAR - 1), (24, 3), (39, 20), (40, 41), (41, 0)]
     pairs += [(47, 30), (100, 90), (30, FAR), (FAR - 1, FAR - 3), (FAR, 0)]
     b, capacity, g = len(pairs), 40, torch.Generator().manual_seed(0)
@@ -194,7 +198,7 @@ def test_any_length_and_start_is_memory_safe(ring: bool, t: int, append: bool) -
     new = [normal(g, b, 1, t, 8, dtype=dtype) if append else None for _ in range(2)]
     length, start = torch.tensor(pairs, dtype=torch.int32).T.contiguous()
     results = []
-    for backend in ("triton", "reference"):
+    for backend in (tested, "reference"):
         device = device_of(backend)
         fenced = [fence.clone().to(device), fence.flip(0).to(device)]
         caches = [x[:, :, 1:-1] for x in fenced]

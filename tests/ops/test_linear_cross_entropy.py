@@ -6,8 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastgpt
 from fastgpt import functional as F
-from tests.contract import Case, Inputs, OpSpec, Results, check_contract, first_axis, grid, normal
+from tests.contract import (
+    Case,
+    Inputs,
+    OpSpec,
+    Results,
+    check_contract,
+    device_of,
+    expected,
+    first_axis,
+    grid,
+    judge,
+    normal,
+    run,
+    skip_unless_runs,
+)
 from tests.ops.test_cross_entropy import row_cancellation, stored
 
 
@@ -119,3 +134,16 @@ SPEC = OpSpec(
 @pytest.mark.parametrize(("backend", "dtype", "case"), grid(SPEC))
 def test_contract(backend: str, dtype: torch.dtype, case: Case) -> None:
     check_contract(SPEC, backend, dtype, case)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "cuda_emulated"])
+def test_several_blocks_of_rows(backend: str) -> None:
+    """Partial products are added over the rows; too many of them for Triton's interpreter."""
+    dtype = torch.bfloat16
+    skip_unless_runs(SPEC.op, backend, dtype)
+    rows = case("several_blocks_of_rows", 4099, 8, v=37, bias=True, ignored=0.1)
+    want = expected(SPEC, rows, dtype)
+    with fastgpt.backend(backend):
+        got = run(SPEC, SPEC.function, want.inputs, want.outgoing, device_of(backend))
+    found = judge(SPEC, want, got)
+    assert not found, "\n".join(found)
