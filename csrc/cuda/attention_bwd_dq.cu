@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads, 1)
     float r_p[kM][kN][4], r_ds[kM][kN][4];
     clear(r_p);
     clear(r_ds);
-    multiply_transposed<kD>(r_p, s_q, own, s_k, d);
-    multiply_transposed<kD>(r_ds, s_dout, own, s_k + kKeys * kD, d);
+    multiply_transposed<kD, 4>(r_p, s_q, own, s_k, d);
+    multiply_transposed<kD, 4>(r_ds, s_dout, own, s_k + kKeys * kD, d);
     const bool edge = kFeatures || walk.edge(t);
     uint32_t seen = 0;
 #pragma unroll

@@ -117,13 +117,14 @@ struct SeesSome {
 };
 
 // r += a b^T, of the kM * 16 rows of s_a from a_row on and the 8 kN rows of s_b, which have d
-// elements and then zeros.
-template <int kD, typename C, int kM, int kN>
+// elements and then zeros. kUnroll: the steps of 16 elements that are in flight at once, as far as
+// there are registers.
+template <int kD, int kUnroll = kD / 16, typename C, int kM, int kN>
 __device__ inline void multiply_transposed(float (&r)[kM][kN][4], const C* s_a, int a_row,
                                            const C* s_b, int d) {
   const Lane at;
   if constexpr (sizeof(C) == 2) {
-#pragma unroll 4  // all at once would want more registers than there are
+#pragma unroll kUnroll
     for (int step = 0; step < kD / 16; ++step) {
       uint32_t r_a[kM][4];
 #pragma unroll
