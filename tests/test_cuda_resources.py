@@ -39,11 +39,16 @@ CLAIMS: dict[str, dict[str, str]] = {
         ),
         "layer_norm_bwd_kernel<b?f16, b?f16, 4, .*>": "LDG.64 STG.64",
     },
+    "linear_cross_entropy": {r"add_scaled_kernel<\w+, 4>": "LDG.128"},
     "masked_softmax": {"masked_softmax_(fwd|bwd)_kernel" + PACKS: "LDG.128 STG.128"},
     "softmax": {"softmax_(fwd|bwd)_kernel" + PACKS: "LDG.128 STG.128"},
     "attention_fwd": {r"attention_fwd\w*_kernel" + HALF: "HMMA LDSM LDGSTS.128"},
     "attention_bwd": {r"attention_bwd(_dkv|_dq|_dk_dv)?_kernel" + HALF: "HMMA LDSM LDGSTS.128"},
-    "decode_attention": {r"decode_attention\w*_kernel" + HALF: "LDG.128|LDGSTS.128"},
+    "decode_attention": {
+        "decode_attention_kernel" + HALF: "HMMA LDSM LDGSTS.128",
+        "decode_attention_kernel<f32, .*>": "LDGSTS.128",
+        "decode_attention_merge_kernel<.*>": "LDG.128",
+    },
 }
 """source -> kernels -> what each of them must hold: copies of 16 bytes (LDG, STG), products on the
 tensor cores (HMMA), ldmatrix (LDSM), cp.async (LDGSTS). `|` separates alternatives.
@@ -94,6 +99,7 @@ def holds(found: Counter[str], wanted: str) -> bool:
 def test_instructions_are_those_that_are_claimed(
     kernels: list[Kernel], instructions: dict[tuple[str, str], Counter[str]], source: str
 ) -> None:
+    assert source in CLAIMS, f"{source}.cu claims nothing"
     for name, wanted in CLAIMS[source].items():
         claimed = [k for k in kernels if k.source == source and re.fullmatch(name, k.name)]
         assert claimed, f"{source}.cu has no kernel {name}"
