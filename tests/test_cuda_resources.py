@@ -25,13 +25,23 @@ heads of up to 128.
 
 # The arguments of a row kernel that moves 16 bytes at a time: four float32, eight of 16 bits.
 PACKS = r"<(f32, (f32, )?4|\w+, (\w+, )?8)\b.*>"
-HALF = r"<.*\b(bf16|f16)\b.*>"
+MATRICES = "HMMA LDSM LDGSTS.128"
 
 CLAIMS: dict[str, dict[str, str]] = {
+    "attention_fwd": {r"attention_fwd_kernel<b?f16, .*>": MATRICES},
+    "attention_bwd": {r"attention_bwd_delta_kernel<.*>": "LDG SHFL"},
+    "attention_bwd_dbias": {r"attention_bwd_dbias_kernel<\w+, b?f16, .*>": MATRICES},
+    "attention_bwd_dkv": {r"attention_bwd_dkv_kernel<\w+, b?f16, .*>": MATRICES},
+    "attention_bwd_dq": {r"attention_bwd_dq_kernel<\w+, b?f16, .*>": MATRICES},
     "bias_gelu": {"bias_gelu_(fwd|bwd)_kernel" + PACKS: "LDG.128 STG.128"},
     "cross_entropy": {
         "absorb_kernel" + PACKS: "LDG.128",
         "cross_entropy_bwd_kernel" + PACKS: "LDG.128 STG.128",
+    },
+    "decode_attention": {
+        "decode_attention_kernel<b?f16, .*>": MATRICES,
+        "decode_attention_kernel<f32, .*>": "LDGSTS.128",
+        "decode_attention_merge_kernel<.*>": "LDG.128",
     },
     "layer_norm": {
         "(layer_norm_fwd_kernel" + PACKS + "|layer_norm_bwd_kernel<f32, f32, 4, .*>)": (
@@ -42,13 +52,6 @@ CLAIMS: dict[str, dict[str, str]] = {
     "linear_cross_entropy": {r"add_scaled_kernel<\w+, 4>": "LDG.128"},
     "masked_softmax": {"masked_softmax_(fwd|bwd)_kernel" + PACKS: "LDG.128 STG.128"},
     "softmax": {"softmax_(fwd|bwd)_kernel" + PACKS: "LDG.128 STG.128"},
-    "attention_fwd": {r"attention_fwd\w*_kernel" + HALF: "HMMA LDSM LDGSTS.128"},
-    "attention_bwd": {r"attention_bwd(_dkv|_dq|_dk_dv)?_kernel" + HALF: "HMMA LDSM LDGSTS.128"},
-    "decode_attention": {
-        "decode_attention_kernel" + HALF: "HMMA LDSM LDGSTS.128",
-        "decode_attention_kernel<f32, .*>": "LDGSTS.128",
-        "decode_attention_merge_kernel<.*>": "LDG.128",
-    },
 }
 """source -> kernels -> what each of them must hold: copies of 16 bytes (LDG, STG), products on the
 tensor cores (HMMA), ldmatrix (LDSM), cp.async (LDGSTS). `|` separates alternatives.
