@@ -60,8 +60,12 @@ PLAN: tuple[tuple[str, tuple[str, ...], tuple[torch.dtype, ...]], ...] = (
 COMPILED = ("gpt3_xl", "gpt2_vocabulary", "long_band", "batch", "demo")
 """Shapes by reason at which the peers that compile are measured: each takes seconds."""
 
-LEFT_OUT = ("torch_math", "torch_mask")
-"""Peers that hold (s, s) scores: no competition at these lengths."""
+LEFT_OUT = {
+    "attention": ("torch_math", "torch_compile"),
+    "varlen_attention": ("torch_mask", "torch_compile"),
+    "decode_attention": ("torch_math",),
+}
+"""op -> peers that hold all scores: no competition at these lengths."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def backend_of(peer: str) -> Iterator[None]:
 
 def peers_of(row: Row, device: torch.device) -> list[str]:
     """Ours first, then our Triton kernels where others are chosen by themselves."""
-    named = [peer for peer in op_of(row.op).peers if peer not in LEFT_OUT]
+    named = [peer for peer in op_of(row.op).peers if peer not in LEFT_OUT.get(row.op, ())]
     chosen = dispatch.pick(row.op, torch.empty(0, dtype=row.dtype, device=device))
     refused = dispatch.refusal(row.op, "triton", device.type, row.dtype)
     if chosen != "triton" and refused is None and device.type == "cuda":

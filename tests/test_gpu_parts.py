@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,14 @@ import torch
 
 from benchmarks import gpu, gpu_bench, machine
 from benchmarks.gpu_bench import Measured, Row
+from benchmarks.shapes import Rows
+from fastgpt import dispatch
 from tests import every_kernel
+from tests.test_benchmarks import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+ROOFS = {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": {"float32": 0.1, "bfloat16": 0.1}}
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
 
@@ -103,8 +108,6 @@ def test_cases_for_the_sanitizer_take_turns() -> None:
 
 
 def test_every_op_is_in_the_plan_on_every_device() -> None:
-    from fastgpt import dispatch
-
     for device in (CPU, torch.device("cuda")):
         planned = list(gpu_bench.rows(device))
         assert {row.op for row in planned} == set(dispatch.TABLE)
@@ -150,8 +153,7 @@ def test_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pytest.importorskip("cpuinfo")
     monkeypatch.setattr(gpu_bench, "SECONDS_A_PEER", 0.0)
     monkeypatch.setattr(gpu_bench, "COMPILED", ())
-    roofs = {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": {"float32": 0.1, "bfloat16": 0.1}}
-    monkeypatch.setattr(machine, "roofs", lambda device: roofs)
+    monkeypatch.setattr(machine, "roofs", lambda device: ROOFS)
     arguments = ["--device=cpu", f"--only={name}", f"--folder={tmp_path}"]
     assert gpu_bench.main(arguments) == 0
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
@@ -165,6 +167,18 @@ def test_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (document["rows"], len(document["no_time_for"])) == ([], len(rows))
 
 
+def test_every_op_is_measured_in_every_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_bench, "SECONDS_A_PEER", 0.0)
+    monkeypatch.setattr(gpu_bench, "COMPILED", ())
+    clock = gpu_bench.Clock(CPU)
+    for op, ways, dtypes in gpu_bench.PLAN:
+        shape = SMALL.get(op, [Rows("small", 3, 5)])[0]
+        for way in ways:
+            found = gpu_bench.measure(Row(op, shape, dtypes[0], way), clock, ROOFS, math.inf)
+            assert found.ours is not None, found
+            assert found.best_peer is not None, found
+
+
 def test_a_wrong_peer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = gpu_bench.op_of("softmax").shapes["cpu"][0]
     row = Row("softmax", shape, torch.float32, "fwd")
@@ -176,8 +190,7 @@ def test_a_wrong_peer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch)
     exact = [case.inputs[0].double().softmax(-1)]
     monkeypatch.setattr(gpu_bench.Case, "expected", (exact, []))
     monkeypatch.setattr(gpu_bench.Case, "plain", [exact[0].float()])
-    roofs = {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": {"float32": 0.1}}
-    found = gpu_bench.measure(row, gpu_bench.Clock(CPU), roofs, time.monotonic() - 1)
+    found = gpu_bench.measure(row, gpu_bench.Clock(CPU), ROOFS, math.inf)
     assert "breaks the error rule" in found.absent["torch_eager"]
     assert found.ours is not None
     assert "torch_eager" not in found.seconds
