@@ -4,15 +4,20 @@
 #   make test     all tests                    make test ARGS="-k layer_norm" for some
 #   make bench    ours beside every peer here  make bench ARGS="-k softmax" for some
 #   make targets  what is promised of the CPU, against torch and the machine's own limits
-#   make gpu      build for the GPU that is here, test on it, measure, benchmarks/results/<gpu>/
+#   make gpu      on the NVIDIA GPU that is here: the next three, logs in benchmarks/results/<gpu>/
+#   make gpu-tests     the CUDA and Triton kernels against their contract, and the primitives
+#   make gpu-sanitize  the CUDA kernels under compute-sanitizer: accesses, races on shared memory
+#   make gpu-bench     ours beside SDPA's backends, FlexAttention and torch.compile, in one table
+#   make kernels  the op library alone; with CUDA kernels: make kernels FASTGPT_CUDA=1
 #   make wheel    a wheel in dist/
 #   make lint     ruff, mypy, clang-format
-#   make readme   write the support matrix of the table into README.md
+#   make readme   write the tables that are made from the code into README.md, CONTRIBUTING.md
 #   make clean    remove the build and the environment
 #
 # PYTHON   the Python (3.10 or later) to start from; a torch that it has is used as it is
 # TORCH    what to install where there is none, as make TORCH=torch==2.11.0
 # ARGS     further arguments of the demo, the tests or the benchmarks
+# FASTGPT_CUDA   1 compiles the CUDA kernels too, 0 never; else where there is a GPU to run them
 
 ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -28,10 +33,13 @@ RUN := $(BIN)/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 WITH_TOOLS := PATH="$(CURDIR)/$(BIN):$$PATH"
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
+CUDA := $(or $(FASTGPT_CUDA),$(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),,0))
+KERNELS := $(VENV)/.kernels$(CUDA)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) \
   $(wildcard tests/*/*.h tests/*/*.cpp tests/*/*.cu benchmarks/*.cpp)
 
-.PHONY: help demo test bench targets gpu wheel lint format readme clean
+.PHONY: help demo test bench targets gpu gpu-build gpu-tests gpu-sanitize gpu-bench kernels wheel \
+  lint format readme clean
 .DELETE_ON_ERROR:
 
 help:
@@ -77,8 +85,9 @@ $(VENV)/.packages-%: $(VENV)/.tools pyproject.toml
 	@touch $@
 
 # Incremental: only what changed is compiled again.
-$(VENV)/.kernels: $(VENV)/.tools $(SOURCES)
-	$(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
+$(KERNELS): $(VENV)/.tools $(SOURCES)
+	FASTGPT_CUDA=$(CUDA) $(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
+	@rm -f $(VENV)/.kernels*
 	@touch $@
 
 # The CUDA kernels compiled for the CPU, where there are headers for it and a compiler.
@@ -89,27 +98,39 @@ $(VENV)/.emulator: $(VENV)/.tools $(SOURCES) $(wildcard tests/emulator/*.h tests
 	  $(WITH_TOOLS) cmake --build build/emulator -j $(CORES); fi
 	@touch $@
 
-demo: $(VENV)/.packages-cli $(VENV)/.kernels
+demo: $(VENV)/.packages-cli $(KERNELS)
 	$(RUN) -m fastgpt demo $(ARGS)
 
-test: $(VENV)/.packages-cli,test $(VENV)/.kernels $(VENV)/.emulator
+test: $(VENV)/.packages-cli,test $(KERNELS) $(VENV)/.emulator
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -p no:benchmark -n $(CORES) --dist worksteal -q $(ARGS)
 
-bench: $(VENV)/.packages-cli,test $(VENV)/.kernels
+bench: $(VENV)/.packages-cli,test $(KERNELS)
 	$(RUN) -m benchmarks $(ARGS)
 
-targets: $(VENV)/.packages-cli,test $(VENV)/.kernels
+targets: $(VENV)/.packages-cli,test $(KERNELS)
 	$(RUN) -m benchmarks.targets $(ARGS)
 
-gpu:
+# For that GPU alone, and with what is installed where nothing can be fetched.
+gpu-build:
 	@command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU || \
 	  { echo "make gpu: there is no NVIDIA GPU here (nvidia-smi finds none)"; exit 1; }
-	@command -v nvcc >/dev/null || \
-	  { echo "make gpu: there is no nvcc on the PATH; install the CUDA toolkit"; exit 1; }
-	@$(MAKE) --no-print-directory OFFLINE=1 $(VENV)/.packages-cli,test
-	FASTGPT_CUDA=1 $(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
+	@command -v nvcc >/dev/null || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || \
+	  { echo "make gpu: there is no nvcc, on the PATH or in CUDA_HOME; install the CUDA toolkit"; exit 1; }
+	@PIP_RETRIES=0 PIP_DEFAULT_TIMEOUT=5 $(MAKE) --no-print-directory OFFLINE=1 \
+	  $(VENV)/.packages-cli,test
+	FASTGPT_CUDA=1 FASTGPT_CUDA_ARCHS="$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
+	  | head -1 | tr -d .)" $(WITH_TOOLS) $(RUN) setup.py build_ext --inplace
 	$(WITH_TOOLS) cmake --build "$$(ls -td build/temp.* | head -1)" --target fastgpt_gpu_cases
-	$(RUN) -m benchmarks.gpu $(ARGS)
+	@rm -f $(VENV)/.kernels*
+	@touch $(KERNELS)
+
+gpu: gpu-build
+	$(RUN) -m benchmarks.gpu
+
+gpu-tests gpu-sanitize gpu-bench: gpu-%: gpu-build
+	$(RUN) -m benchmarks.gpu $* $(ARGS)
+
+kernels: $(KERNELS)
 
 wheel: $(VENV)/.tools
 	$(WITH_TOOLS) $(PIP) wheel --no-build-isolation --no-deps -w dist .
@@ -125,8 +146,9 @@ format: $(VENV)/.packages-cli,test,dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-readme: $(VENV)/.packages-cli,test $(VENV)/.kernels
+readme: $(VENV)/.packages-cli,test $(KERNELS)
 	FASTGPT_WRITE_README=1 $(RUN) -m pytest -q tests/test_readme.py -k matrix
+	$(RUN) -m tests.cuda_resources --write
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache

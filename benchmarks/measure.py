@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -181,6 +180,8 @@ def prepare(case: Case, peer: str, history: History) -> Callable[[], None]:
     Raises:
         AssertionError: its results break the error rule.
     """
+    import pytest  # the rest of this module serves make gpu-bench, which does without
+
     foreseen = history.foresee(case, peer)
     if foreseen is not None:
         pytest.skip(foreseen)

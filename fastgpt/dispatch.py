@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from fastgpt import backends
 from fastgpt.backends import native, triton
 
+F = TypeVar("F", bound=Callable[..., Any])
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_DTYPES = (*NATIVE_DTYPES, torch.float64)
 
@@ -97,7 +98,13 @@ NAMESPACES = {"cpu": "fastgpt", "cuda": "fastgpt"}
 """backend made of compiled ops -> where they are in torch.ops."""
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: F) -> F:
+    """What torch.compiler.assume_constant_result does, which imports the whole compiler for it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _unavailable(backend: str) -> str | None:
     """Why `backend` cannot run on this machine at all; None if it can."""
     return _probe(backend)
@@ -322,7 +329,7 @@ def _native_kernel(namespace: str, name: str) -> Callable[..., Any]:
     return functools.partial(_call_native, _overload(namespace, name))
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _load(backend: str, module: str) -> None:
     importlib.import_module(f"fastgpt.backends.{backend}.{module}")
 

@@ -100,6 +100,20 @@ def test_import_needs_and_loads_no_optional_package() -> None:
     output(PACKAGE.parent, "-c", code + TRAIN)
 
 
+def test_import_leaves_torchs_compiler_alone() -> None:
+    """It takes as long to import as the rest of torch."""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import fastgpt, fastgpt.model, fastgpt.nn\n"
+        "print([m for m in set(sys.modules) - before if m.startswith('torch._dynamo')])\n"
+        "f, g = lambda: None, lambda: None\n"
+        "assert vars(fastgpt.dispatch._constant(f)) == "
+        "vars(torch.compiler.assume_constant_result(g))\n"
+    )
+    assert output(PACKAGE.parent, "-c", code).strip() == "[]"
+
+
 def test_public_names_are_there() -> None:
     for module in (fastgpt, fastgpt.functional, fastgpt.nn):
         for name in module.__all__:

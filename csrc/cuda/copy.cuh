@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "csrc/cuda/arch.h"
 #include "csrc/ops/tensor_ref.h"
@@ -54,12 +55,42 @@ __device__ inline void load(const T* g_from, float (&r_to)[kCount]) {
   for (int i = 0; i < kCount; ++i) r_to[i] = to_float(pack.value[i]);
 }
 
+// In PTX: in a loop the compiler may take the store of a struct apart, element by element.
+template <int kCount, typename T>
+__device__ inline void store_pack(T* g_to, const Pack<T, kCount>& pack) {
+#if defined(FASTGPT_EMULATED)
+  *reinterpret_cast<Pack<T, kCount>*>(g_to) = pack;
+#else
+  constexpr int kBytes = sizeof(pack);
+  if constexpr (kBytes % 16 == 0) {
+    uint4 r_words[kBytes / 16];
+    memcpy(r_words, &pack, kBytes);
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const uint4& w = r_words[i];
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(
+                       __cvta_generic_to_global(reinterpret_cast<uint4*>(g_to) + i)),
+                   "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w)
+                   : "memory");
+    }
+  } else if constexpr (kBytes == 8) {
+    uint2 w;
+    memcpy(&w, &pack, kBytes);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(g_to)), "r"(w.x),
+                 "r"(w.y)
+                 : "memory");
+  } else {
+    *reinterpret_cast<Pack<T, kCount>*>(g_to) = pack;
+  }
+#endif
+}
+
 template <int kCount, typename T>
 __device__ inline void store(T* g_to, const float (&r_from)[kCount]) {
   Pack<T, kCount> pack;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) pack.value[i] = from_float<T>(r_from[i]);
-  *reinterpret_cast<Pack<T, kCount>*>(g_to) = pack;
+  store_pack<kCount>(g_to, pack);
 }
 
 // Element i of a parameter vector of any float dtype; fallback where there is none.

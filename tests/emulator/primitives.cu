@@ -68,6 +68,35 @@ const Register groups("wait_copies counts groups", [] {
   for (size_t i = 0; i < 32; ++i) require_equal("last group", i, to[96 + i].w, from[0].w);
 });
 
+template <typename T, int kCount>
+__global__ void store_kernel(T* g_to) {
+  float r_values[kCount];
+  for (int e = 0; e < kCount; ++e) r_values[e] = static_cast<float>(threadIdx.x * kCount + e);
+  store<kCount>(g_to + threadIdx.x * kCount, r_values);
+}
+
+template <typename T, int kCount>
+void check_store() {
+  Buffer<T> to(33 * kCount);
+  run_block(store_kernel<T, kCount>, 32, 0, to.data());
+  for (size_t i = 0; i < 32 * kCount; ++i) {
+    require_equal("element", i, static_cast<float>(to[i]), static_cast<float>(i));
+  }
+  const unsigned char* after = reinterpret_cast<const unsigned char*>(to.data() + 32 * kCount);
+  for (size_t i = 0; i < kCount * sizeof(T); ++i) require_equal<int>("behind", i, after[i], 0xff);
+}
+
+const Register stores("store writes packs of 2 to 32 bytes and no more", [] {
+  check_store<float, 1>();
+  check_store<float, 4>();
+  check_store<float, 8>();
+  check_store<__nv_bfloat16, 1>();
+  check_store<__nv_bfloat16, 4>();
+  check_store<__nv_bfloat16, 8>();
+  check_store<__half, 4>();
+  check_store<__half, 8>();
+});
+
 template <int kChunks>
 void check_swizzle() {
   constexpr int kRows = 16;
