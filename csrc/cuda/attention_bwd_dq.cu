@@ -176,17 +176,19 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads, 1)
   }
   const int first = m0 + own;
   store_rows<kD>(r_dq, 0, s_q + own * kD, g_dq + first * dq_s, dq_s, sq - first, d);
-  if (!kFeatures || p.g_exact == nullptr) return;
+  if constexpr (kFeatures) {
+    if (p.g_exact == nullptr) return;
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = own + at.row(m, 2 * i);
-      float exact = warp_sum<4>(r_exact[m][i]);
-      if (at.pair != 0 || m0 + row >= sq) continue;
-      if (p.g_dlse != nullptr && p.g_lse2[statistics + row] < INFINITY)
-        exact -= p.g_dlse[statistics + row];
-      p.g_exact[statistics + row] = exact;
+      for (int i = 0; i < 2; ++i) {
+        const int row = own + at.row(m, 2 * i);
+        float exact = warp_sum<4>(r_exact[m][i]);
+        if (at.pair != 0 || m0 + row >= sq) continue;
+        if (p.g_dlse != nullptr && p.g_lse2[statistics + row] < INFINITY)
+          exact -= p.g_dlse[statistics + row];
+        p.g_exact[statistics + row] = exact;
+      }
     }
   }
 }
