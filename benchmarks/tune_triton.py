@@ -6,7 +6,8 @@ For every kind of kernel, head_dim class, window class and width of the dtype, e
 compiled and timed; one that does not compile, or asks for more shared memory than there is, is
 left out. The fastest that obeys the error rule replaces what is used now if it is more than
 2 % faster. The kinds are tuned in order, so that a backward kernel is timed beside the best other
-one. There are several hundred candidates: --jobs processes compile them before they are timed.
+one; entries for laden scores stay as they are. There are several hundred candidates: --jobs
+processes compile them before they are timed.
 """
 
 from __future__ import annotations

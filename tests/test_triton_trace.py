@@ -45,19 +45,7 @@ def traced() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-NOT_YET = {
-    "attention": "AOTAutograd takes a tensor that the kernels only read for one that they write",
-    "varlen_attention": "as attention",
-}
-
-
-@pytest.mark.parametrize(
-    "op",
-    [
-        pytest.param(op, marks=pytest.mark.xfail(reason=NOT_YET[op]) if op in NOT_YET else ())
-        for op in OPS
-    ],
-)
+@pytest.mark.parametrize("op", OPS)
 def test_launches_are_in_the_graph_and_ten_lengths_cost_two(traced, op: str) -> None:
     """On fake CPU tensors: torch's autograd takes no CUDA tensor where it has no CUDA."""
     found = traced[op]

@@ -99,6 +99,10 @@ def calls(op: str, target: str, every: bool) -> Iterator[Call]:
         name = f"{SHORT[dtype]} d={d} {'dense' if window is None else 'window'}"
         run = functools.partial(HEADS[op], d, dtype, window)
         yield Call(name, run, may_spill=dtype == F32 or d > 128)
+    if op == "attention" and (every or main):
+        for d in (64, 96, 128) if every else (128,):
+            yield Call(f"bf16 d={d} bias", functools.partial(biased_attention, d, BF16))
+            yield Call(f"bf16 d={d} laden", functools.partial(laden_attention, d, BF16))
 
 
 def masked_softmax(n: int, dtype: torch.dtype) -> None:
@@ -150,6 +154,23 @@ ROWS: dict[str, Callable[[int, torch.dtype], None]] = {
 def attention(d: int, dtype: torch.dtype, window: int | None) -> None:
     q, k, v = (empty(2, heads, 1024, d, dtype=dtype) for heads in (8, 4, 4))
     with_backward(F.attention, q, k, v, window=window)
+
+
+def biased_attention(d: int, dtype: torch.dtype) -> None:
+    q, k, v = (empty(2, heads, 1024, d, dtype=dtype) for heads in (8, 4, 4))
+    with_backward(F.attention, q, k, v, bias=empty(1, 8, 1024, 1024, dtype=dtype))
+
+
+def laden_attention(d: int, dtype: torch.dtype) -> None:
+    q, k, v = (empty(2, heads, 1024, d, dtype=dtype) for heads in (8, 4, 4))
+    with_backward(
+        F.attention,
+        *(q, k, v),
+        key_padding_mask=empty(2, 1024, dtype=torch.bool),
+        alibi_slopes=empty(8).detach(),
+        dropout_p=0.1,
+        dropout_seed=empty(dtype=torch.int64),
+    )
 
 
 def varlen_attention(d: int, dtype: torch.dtype, window: int | None) -> None:

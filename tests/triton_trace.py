@@ -151,7 +151,7 @@ def main(*ops: str) -> None:
     found = {}
     with fastgpt.backend("triton"), FakeTensorMode():
         found["on_cuda"] = on_cuda()
-        dispatch._DEVICES["triton"] = ("cpu",)
+        dispatch.DEVICES["triton"] = ("cpu",)
         for op in ops:
             try:
                 found[op] = trace(op)

@@ -124,7 +124,7 @@ CASES = (
     case("bias_float32", 1, 2, 2, 20, 20, 16, bias=(1, 1, 20, 20), bias_dtype=torch.float32),
     case("alibi", 2, 4, 2, 40, 70, 16, alibi=True),
     case("dropout", 2, 2, 2, 37, 45, 16, dropout_p=0.2),
-    case("everything", 2, 4, 2, 37, 45, 24, window=20, pad="holes", bias=(2, 1, 37, 45), alibi=True,
+    case("everything", 2, 2, 1, 37, 45, 24, window=20, pad="holes", bias=(2, 1, 37, 45), alibi=True,
          dropout_p=0.1, lse=True),
     case("scale", 1, 2, 2, 30, 30, 16, scale=0.7),
     case("peaked", 1, 2, 2, 60, 60, 64, peak=8.0),

@@ -32,12 +32,12 @@ from fastgpt.backends.triton._attention_tile import (
     query_bounds,
     query_walk,
     scaled,
-    sequence,
+    span,
     store_parts,
     zero_unless,
     zeros,
 )
-from fastgpt.backends.triton._blocks import LOG2E, device
+from fastgpt.backends.triton._blocks import LOG2E, device, index
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -49,8 +49,8 @@ def attention_bwd_delta_kernel(
 ):  # fmt: skip
     """delta, and lse in units of log2(e): 0 and inf where a row saw no key, so that P is 0."""
     tiles = (sq + ROWS - 1) // ROWS
-    y = tl.program_id(0) // tiles
-    rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    y = index(tl.program_id(0)) // tiles
+    rows = index(tl.program_id(0)) % tiles * ROWS + tl.arange(0, ROWS)
     z = (y // h).to(tl.int64)
     head = (y % h).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)[None, :]
@@ -74,8 +74,19 @@ def attention_bwd_delta_kernel(
 
 
 @device
+def tile_and_head(i, tiles, key_head, group, GROUPED: tl.constexpr):
+    """The tile and the query head of step i through the tiles of all heads of a group."""
+    tile = i
+    head = key_head
+    if GROUPED:
+        tile = i % tiles
+        head = key_head * group + i // tiles
+    return tile, head
+
+
+@device
 def dkv_tile(
-    dk0, dk1, dv0, dv1, m0, of_head, shared,
+    dk0, dk1, dv0, dv1, m0, head, y, extras, shared,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
@@ -83,23 +94,27 @@ def dkv_tile(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """dk and dv with the queries m0 to m0 + BLOCK_M - 1; the tile of scores is (keys, queries)."""
-    g_q, g_dout, g_lse2, g_delta, y, extras = of_head
     (
-        k0, k1, v0, v1, q_s, dout_s,
+        k0, k1, v0, v1, g_q, g_dout, g_lse2, g_delta, q_h, q_s, dout_h, dout_s, lse_h,
         n0, columns, alive, low, high, scale, seed, threshold, rescale,
     ) = shared  # fmt: skip
+    head = head.to(tl.int64)
+    g_q += head * q_h
+    g_dout += head * dout_h
+    g_lse2 += head * lse_h
+    g_delta += head * lse_h
     rows = m0 + tl.arange(0, BLOCK_M)
+    within = rows
     some = rows
     if EDGE:
         within = rows < extras[0]
         lse2 = tl.load(g_lse2 + rows, mask=within, other=INF)
-        delta = tl.load(g_delta + rows, mask=within, other=0.0)
         some = lse2 < INF  # what a query that sees no key holds must not be met
     else:
         lse2 = tl.load(g_lse2 + rows)
-        delta = tl.load(g_delta + rows)
     rows64 = rows.to(tl.int64)[:, None]
     q0, q1 = load_parts(g_q, rows64 * q_s, some[:, None], D, D0, D1, EDGE, WIDE)
+    dout0, dout1 = load_parts(g_dout, rows64 * dout_s, some[:, None], D, D0, D1, EDGE, WIDE)
     s = inner(k0, k1, q0, q1, D1, PRECISION)
     t = biased(
         tl.fma(s, scale, -lse2[None, :]), rows[None, :], columns[:, None], alive[:, None],
@@ -107,15 +122,21 @@ def dkv_tile(
         EDGE, CAUSAL or WINDOWED, WINDOWED, PADDED, MASKED, BIASED, ALIBI,
     )  # fmt: skip
     p = tl.exp2(t)
-    dout0, dout1 = load_parts(g_dout, rows64 * dout_s, some[:, None], D, D0, D1, EDGE, WIDE)
-    dp = inner(v0, v1, dout0, dout1, D1, PRECISION)
     pv = p
+    keep = p
     if DROPOUT:
         keep = tl.trans(kept(seed, rows, n0, y, threshold, BLOCK_M, BLOCK_N))
         pv = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * rescale, 0.0)
     dtype: tl.constexpr = tl.float32 if WIDE else g_q.dtype.element_ty
     dv0, dv1 = accumulate(dv0, dv1, pv, dout0, dout1, dtype, D1, PRECISION)
+    dp = inner(v0, v1, dout0, dout1, D1, PRECISION)
+    if DROPOUT:
+        dp = tl.where(keep, dp * rescale, 0.0)
+    # Not earlier: a thread holds a value for every other column of its tile, and registers are few.
+    if EDGE:
+        delta = tl.load(g_delta + rows, mask=within, other=0.0)
+    else:
+        delta = tl.load(g_delta + rows)
     ds = p * (dp - delta[None, :])
     if MASKED:
         ds = tl.where(p == 0.0, 0.0, ds)  # a hidden key or value may hold NaN
@@ -135,32 +156,41 @@ def attention_bwd_dkv_kernel(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PACKED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
     BIASED: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
+    sq = index(sq)
+    sk = index(sk)
+    offset = index(offset)
+    window = index(window)
     tiles = (sk + BLOCK_N - 1) // BLOCK_N
     hk = h // group
-    heads = b * hk
+    heads = index(b) * hk
     if PACKED:
         heads += hk
     tile, y = place(tiles, heads, sq, D, WINDOWED)  # the first keys are seen by the most queries
     z = y // hk
     key_head = y % hk
-    first_k, sk = sequence(z, b, g_cu_k, tk, sk, PACKED)
+    first_k = 0
+    if PACKED:
+        end_k = tl.load(g_cu_k + z + 1, mask=z < b, other=tk)  # document b: what none has
+        first_k, sk = span(tl.load(g_cu_k + z), end_k, tk)
     n0 = tile * BLOCK_N
     if PACKED:
         if n0 >= sk:
             return
         if z == b:
-            g_dk = origin(g_dk, z, key_head, first_k, dk_b, dk_h, dk_s, PACKED)
-            g_dv = origin(g_dv, z, key_head, first_k, dk_b, dk_h, dk_s, PACKED)
+            g_dk = origin(g_dk, z, first_k, dk_b, dk_s, PACKED) + key_head.to(tl.int64) * dk_h
+            g_dv = origin(g_dv, z, first_k, dk_b, dk_s, PACKED) + key_head.to(tl.int64) * dk_h
             clear(g_dk, dk_s, n0, tiles * BLOCK_N, sk, BLOCK_N, D, D0, D1)
             clear(g_dv, dk_s, n0, tiles * BLOCK_N, sk, BLOCK_N, D, D0, D1)
             return
-    first_q, sq = sequence(z, b, g_cu_q, tq, sq, PACKED)
+    first_q = 0
     if PACKED:
+        end_q = tl.load(g_cu_q + z + 1, mask=z < b, other=tq)  # document b: what none has
+        first_q, sq = span(tl.load(g_cu_q + z), end_q, tq)
         offset = sk - sq
-    g_k = origin(g_k, z, key_head, first_k, k_b, k_h, k_s, PACKED)
-    g_v = origin(g_v, z, key_head, first_k, v_b, v_h, v_s, PACKED)
+    g_k = origin(g_k, z, first_k, k_b, k_s, PACKED) + key_head.to(tl.int64) * k_h
+    g_v = origin(g_v, z, first_k, v_b, v_s, PACKED) + key_head.to(tl.int64) * v_h
     seed = 0
     if DROPOUT:
         seed = tl.load(g_seed)
@@ -174,7 +204,12 @@ def attention_bwd_dkv_kernel(
     v0, v1 = load_parts(g_v, columns64 * v_s, alive[:, None], D, D0, D1, True, WIDE)
     low, high = query_bounds(columns, offset, window, CAUSAL, WINDOWED)
     shared = (
-        k0, k1, v0, v1, q_s, dout_s,
+        k0, k1, v0, v1,
+        origin(g_q, z, first_q, q_b, q_s, PACKED),
+        origin(g_dout, z, first_q, dout_b, dout_s, PACKED),
+        origin(g_lse2, z, first_q, lse_b, 1, PACKED),
+        origin(g_delta, z, first_q, lse_b, 1, PACKED),
+        q_h, q_s, dout_h, dout_s, lse_h,
         n0, columns, alive, low, high, scale * LOG2E, seed, threshold, rescale,
     )  # fmt: skip
     dk0, dk1 = zeros(BLOCK_N, D0, D1)
@@ -184,40 +219,40 @@ def attention_bwd_dkv_kernel(
         n0, tl.minimum(n0 + BLOCK_N, sk), offset, window, sq, BLOCK_M,
         CAUSAL, WINDOWED, PADDED or MASKED or BIASED,
     )  # fmt: skip
-    for member in range(group):
-        head = key_head * group + member
+    # One loop over the heads that share the keys and over the tiles of each: it need not restart.
+    for i in range(edges * group):
+        j, head = tile_and_head(i, edges, key_head, group, GROUPED)
         extras = extras_of(
-            z, head, sq, sk, offset, g_padding, g_mask, g_bias, g_slopes, padding_b, padding_s,
-            mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, slopes_b, slopes_h,
-            False, MASKED, BIASED, ALIBI,
+            z, head, sq, sk, offset, g_padding, g_mask, g_bias, g_slopes, padding_b,
+            padding_s, mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k,
+            slopes_b, slopes_h, False, MASKED, BIASED, ALIBI,
         )  # fmt: skip
-        of_head = (
-            origin(g_q, z, head, first_q, q_b, q_h, q_s, PACKED),
-            origin(g_dout, z, head, first_q, dout_b, dout_h, dout_s, PACKED),
-            origin(g_lse2, z, head, first_q, lse_b, lse_h, 1, PACKED),
-            origin(g_delta, z, head, first_q, lse_b, lse_h, 1, PACKED),
-            z * h + head,
-            extras,
-        )
-        for i in range(edges):
-            m0 = tl.where(i < left, first, second) + i * BLOCK_M
-            dk0, dk1, dv0, dv1 = dkv_tile(
-                dk0, dk1, dv0, dv1, m0, of_head, shared, D, D0, D1, BLOCK_M, BLOCK_N, True,
-                CAUSAL, WINDOWED, PADDED, MASKED, BIASED, ALIBI, DROPOUT, PRECISION, WIDE,
+        m0 = tl.where(j < left, first, second) + j * BLOCK_M
+        dk0, dk1, dv0, dv1 = dkv_tile(
+            dk0, dk1, dv0, dv1, m0, head, z * h + head, extras, shared,
+            D, D0, D1, BLOCK_M, BLOCK_N, True, CAUSAL, WINDOWED,
+            PADDED, MASKED, BIASED, ALIBI, DROPOUT, PRECISION, WIDE,
+        )  # fmt: skip
+    if not (PADDED or MASKED or BIASED):
+        for i in range(fulls * group):
+            j, head = tile_and_head(i, fulls, key_head, group, GROUPED)
+            extras = extras_of(
+                z, head, sq, sk, offset, g_padding, g_mask, g_bias, g_slopes, padding_b,
+                padding_s, mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k,
+                slopes_b, slopes_h, False, False, False, ALIBI,
             )  # fmt: skip
-        if not (PADDED or MASKED or BIASED):
-            for i in range(fulls):
-                m0 = full + i * BLOCK_M
-                dk0, dk1, dv0, dv1 = dkv_tile(
-                    dk0, dk1, dv0, dv1, m0, of_head, shared, D, D0, D1, BLOCK_M, BLOCK_N, False,
-                    CAUSAL, WINDOWED, PADDED, MASKED, BIASED, ALIBI, DROPOUT, PRECISION, WIDE,
-                )  # fmt: skip
+            m0 = full + j * BLOCK_M
+            dk0, dk1, dv0, dv1 = dkv_tile(
+                dk0, dk1, dv0, dv1, m0, head, z * h + head, extras, shared,
+                D, D0, D1, BLOCK_M, BLOCK_N, False, CAUSAL, WINDOWED,
+                PADDED, MASKED, BIASED, ALIBI, DROPOUT, PRECISION, WIDE,
+            )  # fmt: skip
 
     dk0, dk1 = scaled(dk0, dk1, scale, D1)
     dv0, dv1 = scaled(dv0, dv1, rescale, D1)
     within = (columns < sk)[:, None]
-    g_dk = origin(g_dk, z, key_head, first_k, dk_b, dk_h, dk_s, PACKED)
-    g_dv = origin(g_dv, z, key_head, first_k, dk_b, dk_h, dk_s, PACKED)
+    g_dk = origin(g_dk, z, first_k, dk_b, dk_s, PACKED) + key_head.to(tl.int64) * dk_h
+    g_dv = origin(g_dv, z, first_k, dk_b, dk_s, PACKED) + key_head.to(tl.int64) * dk_h
     store_parts(g_dk, columns64 * dk_s, within, dk0, dk1, D, D0, D1)
     store_parts(g_dv, columns64 * dk_s, within, dv0, dv1, D, D0, D1)
 
@@ -232,13 +267,13 @@ def score_gradient(
 ):  # fmt: skip
     """P, P dP and dS of a tile (queries, keys)."""
     s = inner(q0, q1, k0, k1, D1, PRECISION)
+    dp = inner(dout0, dout1, v0, v1, D1, PRECISION)  # runs while P is computed
     t = biased(
         tl.fma(s, scale, -lse2[:, None]), rows[:, None], columns[None, :], alive[None, :],
         columns[None, :], low[:, None], high[:, None], extras,
         EDGE, WINDOWED, True, PADDED, MASKED, BIASED, ALIBI,
     )  # fmt: skip
     p = tl.exp2(t)
-    dp = inner(dout0, dout1, v0, v1, D1, PRECISION)
     if DROPOUT:
         keep = kept(seed, rows, n0, y, threshold, BLOCK_M, BLOCK_N)
         dp = tl.where(keep, dp * rescale, 0.0)
@@ -300,8 +335,12 @@ def attention_bwd_dq_kernel(
     BIASED: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, WITH_EXACT: tl.constexpr, WITH_DLSE: tl.constexpr,
 ):  # fmt: skip
+    sq = index(sq)
+    sk = index(sk)
+    offset = index(offset)
+    window = index(window)
     tiles = (sq + BLOCK_M - 1) // BLOCK_M
-    heads = b * h
+    heads = index(b) * h
     if PACKED:
         heads += h
     tile, y = place(tiles, heads, sk, D, WINDOWED)
@@ -309,8 +348,11 @@ def attention_bwd_dq_kernel(
         tile = tiles - 1 - tile
     z = y // h
     head = y % h
-    first_q, sq = sequence(z, b, g_cu_q, tq, sq, PACKED)
-    g_dq = origin(g_dq, z, head, first_q, dq_b, dq_h, dq_s, PACKED)
+    first_q = 0
+    if PACKED:
+        end_q = tl.load(g_cu_q + z + 1, mask=z < b, other=tq)  # document b: what none has
+        first_q, sq = span(tl.load(g_cu_q + z), end_q, tq)
+    g_dq = origin(g_dq, z, first_q, dq_b, dq_s, PACKED) + head.to(tl.int64) * dq_h
     m0 = tile * BLOCK_M
     if PACKED:
         if m0 >= sq:
@@ -318,16 +360,18 @@ def attention_bwd_dq_kernel(
         if z == b:
             clear(g_dq, dq_s, m0, tiles * BLOCK_M, sq, BLOCK_M, D, D0, D1)
             return
-    first_k, sk = sequence(z, b, g_cu_k, tk, sk, PACKED)
+    first_k = 0
     if PACKED:
+        end_k = tl.load(g_cu_k + z + 1, mask=z < b, other=tk)  # document b: what none has
+        first_k, sk = span(tl.load(g_cu_k + z), end_k, tk)
         offset = sk - sq
     key_head = head // group
-    g_q = origin(g_q, z, head, first_q, q_b, q_h, q_s, PACKED)
-    g_dout = origin(g_dout, z, head, first_q, dout_b, dout_h, dout_s, PACKED)
-    g_lse2 = origin(g_lse2, z, head, first_q, lse_b, lse_h, 1, PACKED)
-    g_delta = origin(g_delta, z, head, first_q, lse_b, lse_h, 1, PACKED)
-    g_k = origin(g_k, z, key_head, first_k, k_b, k_h, k_s, PACKED)
-    g_v = origin(g_v, z, key_head, first_k, v_b, v_h, v_s, PACKED)
+    g_q = origin(g_q, z, first_q, q_b, q_s, PACKED) + head.to(tl.int64) * q_h
+    g_dout = origin(g_dout, z, first_q, dout_b, dout_s, PACKED) + head.to(tl.int64) * dout_h
+    g_lse2 = origin(g_lse2, z, first_q, lse_b, 1, PACKED) + head.to(tl.int64) * lse_h
+    g_delta = origin(g_delta, z, first_q, lse_b, 1, PACKED) + head.to(tl.int64) * lse_h
+    g_k = origin(g_k, z, first_k, k_b, k_s, PACKED) + key_head.to(tl.int64) * k_h
+    g_v = origin(g_v, z, first_k, v_b, v_s, PACKED) + key_head.to(tl.int64) * v_h
     extras = extras_of(
         z, head, sq, sk, offset, g_padding, g_mask, g_bias, g_slopes, padding_b, padding_s,
         mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, slopes_b, slopes_h,

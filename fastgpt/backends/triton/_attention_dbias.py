@@ -20,9 +20,8 @@ from fastgpt.backends.triton._attention_tile import (
     key_bounds,
     key_walk,
     load_parts,
-    origin,
 )
-from fastgpt.backends.triton._blocks import LOG2E
+from fastgpt.backends.triton._blocks import LOG2E, index
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "bias_count_b", "bias_count_h", "partial_h", "partial_q"])
@@ -39,10 +38,14 @@ def attention_bwd_dbias_kernel(
     BIASED: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, OF_ROWS: tl.constexpr, OF_COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    sq = index(sq)
+    sk = index(sk)
+    offset = index(offset)
+    window = index(window)
     m_tiles = (sq + BLOCK_M - 1) // BLOCK_M
     n_tiles = (sk + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0) % (m_tiles * n_tiles)
-    y = tl.program_id(0) // (m_tiles * n_tiles)
+    tile = index(tl.program_id(0)) % (m_tiles * n_tiles)
+    y = index(tl.program_id(0)) // (m_tiles * n_tiles)
     m_tile = tile // n_tiles
     n_tile = tile % n_tiles
     # Elements and heads that share this bias: all if it has one, else one.
@@ -78,10 +81,10 @@ def attention_bwd_dbias_kernel(
             delta = tl.load(g_delta + at, mask=rows < sq, other=0.0)
             some = (lse2 < INF)[:, None]
             alive = key_alive(columns, sk, extras[3], padding_s, PADDED)
-            g_q_head = origin(g_q, z, head, 0, q_b, q_h, q_s, False)
-            g_dout_head = origin(g_dout, z, head, 0, dout_b, dout_h, dout_s, False)
-            g_k_head = origin(g_k, z, key_head, 0, k_b, k_h, k_s, False)
-            g_v_head = origin(g_v, z, key_head, 0, v_b, v_h, v_s, False)
+            g_q_head = g_q + z.to(tl.int64) * q_b + head.to(tl.int64) * q_h
+            g_dout_head = g_dout + z.to(tl.int64) * dout_b + head.to(tl.int64) * dout_h
+            g_k_head = g_k + z.to(tl.int64) * k_b + key_head.to(tl.int64) * k_h
+            g_v_head = g_v + z.to(tl.int64) * v_b + key_head.to(tl.int64) * v_h
             q0, q1 = load_parts(g_q_head, rows64 * q_s, some, D, D0, D1, True, WIDE)
             dout0, dout1 = load_parts(g_dout_head, rows64 * dout_s, some, D, D0, D1, True, WIDE)
             k0, k1 = load_parts(g_k_head, columns64 * k_s, alive[:, None], D, D0, D1, True, WIDE)
@@ -111,7 +114,7 @@ def attention_bwd_dbias_kernel(
 def attention_bwd_dbias_sum_kernel(g_partial, g_dbias, n, count, inner, BLOCK: tl.constexpr):
     """dbias (n / inner, inner) = the sum over the middle axis of partial (n / inner, count, inner),
     one after the other."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = index(tl.program_id(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g_partial += at // inner * count * inner + at % inner
     total = tl.full([BLOCK], 0.0, tl.float32)
     for _ in range(count):

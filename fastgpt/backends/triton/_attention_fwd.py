@@ -29,12 +29,12 @@ from fastgpt.backends.triton._attention_tile import (
     origin,
     place,
     scaled,
-    sequence,
+    span,
     store_parts,
     zero_unless,
     zeros,
 )
-from fastgpt.backends.triton._blocks import LN2, LOG2E, device, rounded
+from fastgpt.backends.triton._blocks import LN2, LOG2E, device, index, rounded
 
 
 @device
@@ -99,8 +99,12 @@ def attention_fwd_kernel(
     BIASED: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     WITH_LO: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
+    sq = index(sq)
+    sk = index(sk)
+    offset = index(offset)
+    window = index(window)
     tiles = (sq + BLOCK_M - 1) // BLOCK_M
-    heads = b * h
+    heads = index(b) * h
     if PACKED:
         heads += h
     tile, y = place(tiles, heads, sk, D, WINDOWED)
@@ -108,10 +112,13 @@ def attention_fwd_kernel(
         tile = tiles - 1 - tile  # the last queries see the most keys
     z = y // h
     head = y % h
-    first_q, sq = sequence(z, b, g_cu_q, tq, sq, PACKED)
-    g_out = origin(g_out, z, head, first_q, out_b, out_h, out_s, PACKED)
-    g_out_lo = origin(g_out_lo, z, head, first_q, out_b, out_h, out_s, PACKED)
-    g_lse = origin(g_lse, z, head, first_q, lse_b, lse_h, 1, PACKED)
+    first_q = 0
+    if PACKED:
+        end_q = tl.load(g_cu_q + z + 1, mask=z < b, other=tq)  # document b: what none has
+        first_q, sq = span(tl.load(g_cu_q + z), end_q, tq)
+    g_out = origin(g_out, z, first_q, out_b, out_s, PACKED) + head.to(tl.int64) * out_h
+    g_out_lo = origin(g_out_lo, z, first_q, out_b, out_s, PACKED) + head.to(tl.int64) * out_h
+    g_lse = origin(g_lse, z, first_q, lse_b, 1, PACKED) + head.to(tl.int64) * lse_h
     m0 = tile * BLOCK_M
     if PACKED:
         if m0 >= sq:
@@ -125,13 +132,15 @@ def attention_fwd_kernel(
                 rows = start + tl.arange(0, BLOCK_M)
                 tl.store(g_lse + rows, tl.full([BLOCK_M], -INF, tl.float32), mask=rows < sq)
             return
-    first_k, sk = sequence(z, b, g_cu_k, tk, sk, PACKED)
+    first_k = 0
     if PACKED:
+        end_k = tl.load(g_cu_k + z + 1, mask=z < b, other=tk)  # document b: what none has
+        first_k, sk = span(tl.load(g_cu_k + z), end_k, tk)
         offset = sk - sq
     key_head = head // group
-    g_q = origin(g_q, z, head, first_q, q_b, q_h, q_s, PACKED)
-    g_k = origin(g_k, z, key_head, first_k, k_b, k_h, k_s, PACKED)
-    g_v = origin(g_v, z, key_head, first_k, v_b, v_h, v_s, PACKED)
+    g_q = origin(g_q, z, first_q, q_b, q_s, PACKED) + head.to(tl.int64) * q_h
+    g_k = origin(g_k, z, first_k, k_b, k_s, PACKED) + key_head.to(tl.int64) * k_h
+    g_v = origin(g_v, z, first_k, v_b, v_s, PACKED) + key_head.to(tl.int64) * v_h
     extras = extras_of(
         z, head, sq, sk, offset, g_padding, g_mask, g_bias, g_slopes, padding_b, padding_s,
         mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k, slopes_b, slopes_h,

@@ -121,8 +121,9 @@ def precision(q: Tensor) -> str:
 def tiles(kind: str, q: Tensor, flags: Flags, window: int | None) -> Flags:
     """The sizes of a kernel's tiles and how it is launched."""
     dtype = torch.float32 if flags.get("WIDE") else q.dtype
+    laden = any(flags[name] for name in ("PADDED", "MASKED", "BIASED", "ALIBI", "DROPOUT"))
     block_m, block_n, num_warps, num_stages = attention_tiles(
-        kind, architecture(q.device), flags["D"], window, dtype
+        kind, architecture(q.device), flags["D"], window, dtype, laden
     )
     return {
         "BLOCK_M": block_m,
@@ -216,6 +217,7 @@ def backward(
         *(*inputs, dk, dv, *at, *dk.stride()[:3], *lse.stride()[:2], *numbers),
         **flags,
         **config,
+        GROUPED=h != k.shape[1],
     )
     config = tiles("attention_bwd_dq", q, flags, window)
     launch(

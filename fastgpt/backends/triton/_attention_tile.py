@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from fastgpt.backends.triton._blocks import INTERPRETED, LOG2E, device, dot, rounded
+from fastgpt.backends.triton._blocks import INTERPRETED, LOG2E, device, dot, index, rounded
 
 COUNTS = ("lse_b", "lse_h", "b", "h", "sq", "sk", "tq", "tk", "offset", "window", "threshold")
 """Arguments of which a new value compiles nothing."""
@@ -32,12 +32,13 @@ def place(tiles, heads, length, D: tl.constexpr, WINDOWED: tl.constexpr):
     Programs start in order. First come the first tiles of as many heads as the L2 cache holds,
     then their second tiles; in a band neighbouring tiles of one head share what they read.
     """
-    program = tl.program_id(0)
+    program = index(tl.program_id(0))
     if WINDOWED:
         tile = program % tiles
         y = program // tiles
     else:
-        together = tl.minimum(tl.maximum(ELEMENTS_TOGETHER // D // length, 1), heads)
+        fit = ELEMENTS_TOGETHER // D // tl.maximum(length, 1)
+        together = tl.minimum(tl.maximum(fit, 1), heads)
         first = program // (together * tiles) * together
         together = tl.minimum(together, heads - first)
         inside = program - first * tiles
@@ -47,21 +48,19 @@ def place(tiles, heads, length, D: tl.constexpr, WINDOWED: tl.constexpr):
 
 
 @device
-def sequence(z, b, g_offsets, total, length, PACKED: tl.constexpr):
-    """(first token, number of tokens) of element z of the batch; packed, document b is what no
-    document has. Whatever the offsets hold, no token outside of the tensor is met."""
-    first = 0
-    if PACKED:
-        first = tl.minimum(tl.maximum(tl.load(g_offsets + z), 0), total)
-        end = tl.load(g_offsets + z + 1, mask=z < b, other=total)
-        length = tl.minimum(tl.maximum(end, first), total) - first
-    return first, length
+def span(first, end, total):
+    """(first token, number of tokens) of a document: whatever the offsets hold, of the tensor.
+
+    The kernels load the offsets themselves. Of a function that gets a pointer and returns what goes
+    into an address, torch believes that the kernel writes there.
+    """
+    first = index(tl.minimum(tl.maximum(first, 0), total))
+    return first, tl.minimum(tl.maximum(end, first), total) - first
 
 
 @device
-def origin(g, z, head, first, stride_b, stride_h, stride_s, PACKED: tl.constexpr):
-    """Where the first token of a head is."""
-    g += head.to(tl.int64) * stride_h
+def origin(g, z, first, stride_b, stride_s, PACKED: tl.constexpr):
+    """Where the first token of an element of the batch is."""
     if PACKED:
         g += first.to(tl.int64) * stride_s
     else:
@@ -352,7 +351,9 @@ def kept(seed, rows, n0, y, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
     """Which probabilities (BLOCK_M, BLOCK_N) of head y = z h + head dropout keeps; a random word
     has the counter (column / 4, row, y, 0) and the lane column % 4."""
     groups = n0 // 4 + tl.arange(0, BLOCK_N // 4)
-    w0, w1, w2, w3 = tl.philox(seed, groups[None, :], rows[:, None], y, 0)
+    w0, w1, w2, w3 = tl.philox(
+        seed, groups.to(tl.int32)[None, :], rows.to(tl.int32)[:, None], y.to(tl.int32), 0
+    )
     lanes = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     words = tl.reshape(lanes, [BLOCK_M, BLOCK_N])
     return words.to(tl.int64) >= threshold

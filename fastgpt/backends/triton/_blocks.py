@@ -23,13 +23,22 @@ def rounded(x, dtype: tl.constexpr):
     """float32 x in dtype, to nearest even. Every store of a result goes through this: the
     interpreter's own conversion to bfloat16 cuts the bits off instead of rounding."""
     if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
+        bits = x.to(tl.uint32, bitcast=True).to(tl.uint64)  # for the reason of `index`
         high = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         high = tl.where(x != x, 0x7FC0, high)
         y = high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         y = x.to(dtype)
     return y
+
+
+@device
+def index(x):
+    """An int32 that positions are made of. The interpreter, which checks each sum of int32 for
+    overflow at ten times its cost, has it in 64 bits."""
+    if INTERPRETED:
+        x = x.to(tl.int64)
+    return x
 
 
 @device
