@@ -69,6 +69,32 @@ def test_orders_of_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @needs_library
+def test_orders_of_threads_change_no_bit_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(1, 2, 70, 64, dtype=torch.bfloat16) for _ in range(3))
+    results = []
+    for schedule in range(4):
+        monkeypatch.setenv("FASTGPT_EMULATOR_SCHEDULE", str(schedule))
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        with fastgpt.backend(backend.NAME):
+            out = F.attention(*inputs, window=40)
+            out.sum().backward()
+        results.append([out, *(x.grad for x in inputs)])
+    for result in results[1:]:
+        assert all(torch.equal(got, want) for got, want in zip(result, results[0], strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("d", [64, 80, 96, 128])
+def test_attention_reads_matrices_without_conflicts(d: int) -> None:
+    """ldmatrix finds the eight rows of each matrix in different banks, at every native width."""
+    backend.take_bank_conflicts()
+    inputs = [torch.randn(1, 1, 40, d, dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    with fastgpt.backend(backend.NAME):
+        F.attention(*inputs).sum().backward()
+    assert backend.take_bank_conflicts() == 0
+
+
+@needs_library
 def test_layer_norm_reads_no_matrices() -> None:
     backend.take_bank_conflicts()
     with fastgpt.backend(backend.NAME):
