@@ -92,9 +92,10 @@ def calls(op: str, target: str, every: bool) -> Iterator[Call]:
     if every or (op != "varlen_attention" and target in ("sm_90", "gfx942")):
         heads += [(BF16, 64, None)]
     if every or (op != "varlen_attention" and main):
-        heads += [(BF16, 80, None), (BF16, 256, None), (F32, 64, None)]
+        heads += [(BF16, 80, None), (BF16, 128, None)]
     if every:
-        heads += [(BF16, 96, None), (BF16, 128, None), (F16, 64, None), (F32, 128, 256)]
+        heads += [(BF16, 96, None), (F16, 64, None)]
+        heads += [(BF16, 256, None), (F32, 64, None), (F32, 128, 256)]
     for dtype, d, window in heads:
         name = f"{SHORT[dtype]} d={d} {'dense' if window is None else 'window'}"
         run = functools.partial(HEADS[op], d, dtype, window)

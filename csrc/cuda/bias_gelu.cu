@@ -63,19 +63,13 @@ struct Tile {
   }
 };
 
-template <int kPack>
-__device__ void load_bias(const TensorRef& bias, int64_t column, float (&r_bias)[kPack]) {
-#pragma unroll
-  for (int e = 0; e < kPack; ++e) r_bias[e] = parameter(bias, column + e, 0.0f);
-}
-
 template <typename T, int kPack, bool kTanh>
 __global__ void __launch_bounds__(kThreads)
     bias_gelu_fwd_kernel(BiasGeluFwd p, int64_t chunk_rows) {
   const Tile tile(p.x.size[0], p.x.size[1], chunk_rows, kPack);
   if (tile.column >= p.x.size[1]) return;
   float r_bias[kPack];
-  load_bias(p.bias, tile.column, r_bias);
+  parameters(p.bias, tile.column, 0.0f, r_bias);
   for (int64_t row = tile.first_row; row < tile.last_row; ++row) {
     float r_x[kPack];
     load<kPack>(row_of<const T>(p.x, row) + tile.column, r_x);
@@ -93,7 +87,7 @@ __global__ void __launch_bounds__(kThreads)
   const Tile tile(p.x.size[0], n, chunk_rows, kPack);
   if (tile.column >= n) return;
   float r_bias[kPack], r_dbias[kPack] = {};
-  load_bias(p.bias, tile.column, r_bias);
+  parameters(p.bias, tile.column, 0.0f, r_bias);
   for (int64_t row = tile.first_row; row < tile.last_row; ++row) {
     float r_x[kPack], r_dy[kPack];
     load<kPack>(row_of<const T>(p.x, row) + tile.column, r_x);

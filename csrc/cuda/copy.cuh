@@ -93,12 +93,28 @@ __device__ inline void store(T* g_to, const float (&r_from)[kCount]) {
   store_pack<kCount>(g_to, pack);
 }
 
-// Element i of a parameter vector of any float dtype; fallback where there is none.
-__device__ inline float parameter(const TensorRef& t, int64_t i, float fallback) {
-  if (t.data == nullptr) return fallback;
-  if (t.dtype == DType::bf16) return to_float(static_cast<const __nv_bfloat16*>(t.data)[i]);
-  if (t.dtype == DType::f16) return to_float(static_cast<const __half*>(t.data)[i]);
-  return static_cast<const float*>(t.data)[i];
+// Elements i to i + kCount - 1 of a parameter vector, i a multiple of kCount.
+template <int kCount, typename T>
+__device__ inline void load_parameters(const T* g_from, int64_t i, float (&r_to)[kCount]) {
+  if (reinterpret_cast<uintptr_t>(g_from) % 16 == 0) return load<kCount>(g_from + i, r_to);
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) r_to[e] = to_float(g_from[i + e]);
+}
+
+// Likewise of one of any float dtype; `fallback` where there is none.
+template <int kCount>
+__device__ inline void parameters(const TensorRef& t, int64_t i, float fallback,
+                                  float (&r_to)[kCount]) {
+  if (t.data == nullptr) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) r_to[e] = fallback;
+  } else if (t.dtype == DType::f32) {
+    load_parameters(static_cast<const float*>(t.data), i, r_to);
+  } else if (t.dtype == DType::bf16) {
+    load_parameters(static_cast<const __nv_bfloat16*>(t.data), i, r_to);
+  } else {
+    load_parameters(static_cast<const __half*>(t.data), i, r_to);
+  }
 }
 
 // ---- chunks of 16 bytes, at addresses that 16 divides ----

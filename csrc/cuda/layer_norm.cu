@@ -60,11 +60,12 @@ __global__ void __launch_bounds__(kMaxRowThreads) layer_norm_fwd_kernel(LayerNor
   Y* g_y = row_of<Y>(p.y, row);
   for_packs<kPack, kCached>(n, [&](int c, int i) {
     if (!kCached) load<kPack>(g_x + i, r_x[c]);
-    float r_y[kPack];
+    float r_y[kPack], r_weight[kPack], r_bias[kPack];
+    parameters(p.weight, i, 1.0f, r_weight);
+    parameters(p.bias, i, 0.0f, r_bias);
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
-      const float xhat = (r_x[c][e] - mean) * rstd;
-      r_y[e] = fmaf(xhat, parameter(p.weight, i + e, 1.0f), parameter(p.bias, i + e, 0.0f));
+      r_y[e] = fmaf((r_x[c][e] - mean) * rstd, r_weight[e], r_bias[e]);
     }
     store<kPack>(g_y + i, r_y);
   });
@@ -85,6 +86,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   float* g_dbias = g_dweight + n;
   constexpr int kPacks = kCached ? kCachedPacks : 1;
   float r_dweight[kPacks][kPack] = {}, r_dbias[kPacks][kPack] = {};
+  float r_weight[kPacks][kPack];
+  const auto read_weight = [&](int c, int i) { parameters(p.weight, i, 1.0f, r_weight[c]); };
+  if (kCached) for_packs<kPack, kCached>(n, read_weight);
   const int64_t first = blockIdx.x * chunk_rows;
   const int64_t last = first + chunk_rows < r ? first + chunk_rows : r;
   for (int64_t row = first; row < last; ++row) {
@@ -100,13 +104,14 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       load<kPack>(g_dy + i, r_dy[c]);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) r_xhat[c][e] = (r_xhat[c][e] - mean) * rstd;
+      if (!kCached) read_weight(c, i);
     };
     float sums[2] = {0.0f, 0.0f};  // of g, of g * xhat
     for_packs<kPack, kCached>(n, [&](int c, int i) {
       read(c, i);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
-        const float g = r_dy[c][e] * parameter(p.weight, i + e, 1.0f);
+        const float g = r_dy[c][e] * r_weight[c][e];
         sums[0] += g;
         sums[1] += g * r_xhat[c][e];
       }
@@ -119,7 +124,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       if (g_ds != nullptr) load<kPack>(g_ds + i, r_ds);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
-        const float g = r_dy[c][e] * parameter(p.weight, i + e, 1.0f);
+        const float g = r_dy[c][e] * r_weight[c][e];
         r_dx[e] = rstd * ((g - mean_g) - r_xhat[c][e] * mean_gx) + r_ds[e];
         if (kCached) {
           r_dweight[c][e] += r_dy[c][e] * r_xhat[c][e];
