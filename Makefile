@@ -80,8 +80,9 @@ $(VENV)/.tools: $(VENV)/.created
 
 # Packages, and fastgpt itself as a link to this folder; the kernels have a build of their own.
 $(VENV)/.packages-%: $(VENV)/.tools pyproject.toml
-	FASTGPT_NATIVE=0 $(PIP) install -q --no-build-isolation -e ".[$*]" || { test "$(OFFLINE)" && \
-	  FASTGPT_NATIVE=0 $(PIP) install -q --no-build-isolation --no-deps -e .; }
+	export FASTGPT_NATIVE=0 FASTGPT_CUDA=0; \
+	  $(PIP) install -q --no-build-isolation -e ".[$*]" || { test "$(OFFLINE)" && \
+	  $(PIP) install -q --no-build-isolation --no-deps -e .; }
 	@touch $@
 
 # Incremental: only what changed is compiled again.
