@@ -81,7 +81,9 @@ def calls(op: str, target: str, every: bool) -> Iterator[Call]:
     main = target == "sm_90"
     if op in ROWS:
         first, *middle, last = LENGTHS.get(op, (768, 5140, 50257))
-        rows = [(BF16, first), (BF16, last)]
+        rows = [(BF16, last)]
+        if every or target in ("sm_90", "gfx942"):
+            rows += [(BF16, first)]
         if every or main:
             rows += [(F16, first), *((F32, n) for n in (first, *middle, last))]
             rows += [(BF16, n) for n in middle]
