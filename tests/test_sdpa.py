@@ -9,10 +9,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 import fastgpt
+from fastgpt import dispatch
 from fastgpt import functional as F
-from fastgpt.backends import native
 
-BACKENDS = ["reference"] + ([] if native.MISSING else ["cpu"])
+BACKENDS = [
+    name
+    for name in dispatch.TABLE["attention"]
+    if dispatch.refusal("attention", name, "cpu", torch.float32) is None
+]
 B, H, D = 2, 4, 20
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 
@@ -98,11 +102,40 @@ def test_causal_is_top_left(backend, sq, sk, hk, scale):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(backend, dtype):
-    if backend == "cpu" and dtype == torch.float64:
-        pytest.skip("the cpu kernels take no float64; the reference backend does")
+    if (why := dispatch.refusal("attention", backend, "cpu", dtype)) is not None:
+        pytest.skip(why)
     mask = torch.randn(9, 11, dtype=dtype)
     with fastgpt.backend(backend):
         assert_same(inputs(dtype=dtype), mask)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_negative_scale(backend, dtype):
+    with fastgpt.backend(backend):
+        assert_same(inputs(40, 70, dtype=dtype), None, scale=-0.4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_a_mask_hides_from_every_query_may_hold_anything(backend, dtype):
+    tensors, mask = inputs(40, 70, dtype=dtype), torch.rand(40, 70) > 0.3
+    hidden = torch.arange(70) % 7 == 2
+    mask[:, hidden] = False
+    mask[5] = False  # a query that sees no key
+    dout = torch.randn(B, H, 40, D, dtype=dtype)
+    results = []
+    for fill in (0.0, torch.nan):
+        q, k, v = (x.detach().clone() for x in tensors)
+        k[:, :, hidden] = v[:, :, hidden] = q[:, :, 5] = fill
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        filled = dout.clone()
+        filled[:, :, 5] = fill
+        with fastgpt.backend(backend):
+            out = F.scaled_dot_product_attention(*leaves, mask)
+            results.append([out, *torch.autograd.grad(out, leaves, filled)])
+    for clean, filled in zip(*results, strict=True):
+        assert torch.equal(clean, filled)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
