@@ -175,17 +175,8 @@ __global__ void __launch_bounds__(DkvTile<C, kD, kFeatures>::kThreads)
     multiply<kD>(r_dk, r_ds, s_q, first_column, d, s_scratch, SeesAll());
   }
 
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int n = 0; n < Tile::kColumns / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        r_dk[m][n][e] *= in.scale;
-        r_dv[m][n][e] *= p.rescale;
-      }
-    }
-  }
+  scale_by(r_dk, in.scale);
+  scale_by(r_dv, p.rescale);
   const int first = n0 + own, count = keys.count - first;
   store_rows<kD>(r_dk, first_column, s_k + own * kD, g_dk + first * dk_s, dk_s, count, d);
   store_rows<kD>(r_dv, first_column, s_v + own * kD, g_dv + first * dv_s, dv_s, count, d);

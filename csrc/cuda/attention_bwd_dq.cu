@@ -24,6 +24,7 @@ struct DqTile {
       (2 * kQueries + kScratch) * 4;
 };
 
+// One block a multiprocessor is asked for, or ptxas would spill to fit three.
 template <typename T, typename C, int kD, bool kFeatures>
 __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads, 1)
     attention_bwd_dq_kernel(Bwd p) {
@@ -42,20 +43,15 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads, 1)
   const AttentionProblem& problem = p.problem;
   const AttentionInputs& in = problem.in;
   const bool packed = problem.g_cu_seqlens_q != nullptr;
-  const int d = problem.d, h = problem.h;
-  const int tiles = (problem.sq + Tile::kQueries - 1) / Tile::kQueries;
-  const Place place =
-      place_of(tiles, static_cast<int>(gridDim.x) / tiles, problem.sk, d, problem.window > 0);
-  const int z = place.y / h, head = place.y % h, key_head = head / (h / problem.hk);
-  const int m0 = (in.causal ? tiles - 1 - place.tile : place.tile) * Tile::kQueries;
-
-  const Sequence queries =
-      sequence_of(problem.g_cu_seqlens_q, z, problem.b, in.q.size[2], problem.sq);
-  const int sq = queries.count;
+  const int d = problem.d;
+  const QueryBlock block(problem, Tile::kQueries);
+  const Sequence queries = block.queries;
+  const int z = block.z, head = block.head, key_head = block.key_head;
+  const int m0 = block.m0, sq = queries.count;
   const int64_t dq_s = p.dq.stride[2];
   T* g_dq = rows_of<T>(p.dq, packed, z, head, queries.first);
   if (z == problem.b) {  // tokens that no document has
-    for (int first = m0; first < sq; first += tiles * Tile::kQueries) {
+    for (int first = m0; first < sq; first += block.tiles * Tile::kQueries) {
       clear_rows(g_dq + first * dq_s, dq_s, min(sq - first, Tile::kQueries), d);
     }
     return;
@@ -69,7 +65,7 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads, 1)
 
   const Band band(problem, sq, keys.count);
   Features features;
-  if (kFeatures) features = Features(in, z, h, head);
+  if (kFeatures) features = Features(in, z, problem.h, head);
   const Walk walk =
       band.keys(m0, min(m0 + Tile::kQueries, sq), kKeys, kFeatures && features.selective());
   const auto load_keys = [&](int t) {
@@ -166,14 +162,7 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads, 1)
     }
   }
 
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kD / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) r_dq[m][n][e] *= in.scale;
-    }
-  }
+  scale_by(r_dq, in.scale);
   const int first = m0 + own;
   store_rows<kD>(r_dq, 0, s_q + own * kD, g_dq + first * dq_s, dq_s, sq - first, d);
   if constexpr (kFeatures) {

@@ -56,22 +56,17 @@ __global__ void __launch_bounds__(FwdTile<T, kD, kFeatures>::kThreads) attention
   const AttentionProblem& problem = p.problem;
   const AttentionInputs& in = problem.in;
   const bool packed = problem.g_cu_seqlens_q != nullptr;
-  const int d = problem.d, h = problem.h;
-  const int tiles = (problem.sq + Tile::kQueries - 1) / Tile::kQueries;
-  const Place place =
-      place_of(tiles, static_cast<int>(gridDim.x) / tiles, problem.sk, d, problem.window > 0);
-  const int z = place.y / h, head = place.y % h, key_head = head / (h / problem.hk);
-  const int m0 = (in.causal ? tiles - 1 - place.tile : place.tile) * Tile::kQueries;
-
-  const Sequence queries =
-      sequence_of(problem.g_cu_seqlens_q, z, problem.b, in.q.size[2], problem.sq);
-  const int sq = queries.count;
+  const int d = problem.d;
+  const QueryBlock block(problem, Tile::kQueries);
+  const Sequence queries = block.queries;
+  const int z = block.z, head = block.head, key_head = block.key_head;
+  const int m0 = block.m0, sq = queries.count;
   T* g_out = rows_of<T>(p.out, packed, z, head, queries.first);
   T* g_out_lo =
       p.out_lo.data != nullptr ? rows_of<T>(p.out_lo, packed, z, head, queries.first) : nullptr;
   float* g_lse = p.g_lse + statistics_at(problem, z, head, queries.first);
   if (z == problem.b) {  // tokens that no document has
-    for (int first = m0; first < sq; first += tiles * Tile::kQueries) {
+    for (int first = m0; first < sq; first += block.tiles * Tile::kQueries) {
       const int count = min(sq - first, Tile::kQueries);
       clear_rows(g_out + first * p.out.stride[2], p.out.stride[2], count, d);
       if (g_out_lo != nullptr) {
@@ -90,7 +85,7 @@ __global__ void __launch_bounds__(FwdTile<T, kD, kFeatures>::kThreads) attention
 
   const Band band(problem, sq, keys.count);
   Features features;
-  if (kFeatures) features = Features(in, z, h, head);
+  if (kFeatures) features = Features(in, z, problem.h, head);
   const Walk walk =
       band.keys(m0, min(m0 + Tile::kQueries, sq), Tile::kKeys, kFeatures && features.selective());
   const auto load_keys = [&](T* s_tile, const T* g_rows, int64_t stride, int n0, bool direct) {

@@ -98,6 +98,24 @@ __device__ inline Place place_of(int tiles, int heads, int length, int d, bool w
   return {inside / together, first + inside % together};
 }
 
+// The block's queries: those from m0 on of one head. Under a causal mask the last ones, which see
+// the most keys, start first.
+struct QueryBlock {
+  int tiles, z, head, key_head, m0;
+  Sequence queries;
+
+  __device__ QueryBlock(const AttentionProblem& p, int rows) {
+    tiles = (p.sq + rows - 1) / rows;
+    const Place place =
+        place_of(tiles, static_cast<int>(gridDim.x) / tiles, p.sk, p.d, p.window > 0);
+    z = place.y / p.h;
+    head = place.y % p.h;
+    key_head = head / (p.h / p.hk);
+    m0 = (p.in.causal ? tiles - 1 - place.tile : place.tile) * rows;
+    queries = sequence_of(p.g_cu_seqlens_q, z, p.b, p.in.q.size[2], p.sq);
+  }
+};
+
 // ---- the band ----
 
 // How to visit the tiles that hold some of [low, high): those with elements outside of

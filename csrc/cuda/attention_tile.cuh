@@ -44,6 +44,18 @@ __device__ inline void clear(float (&r)[kM][kN][4]) {
   }
 }
 
+template <int kM, int kN>
+__device__ inline void scale_by(float (&r)[kM][kN][4], float factor) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) r[m][n][e] *= factor;
+    }
+  }
+}
+
 // ---- rows of a head into shared memory ----
 
 // The elements of kCount rows of d in memory of type T, by all kThreads of the block; rows that
