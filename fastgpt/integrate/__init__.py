@@ -1,0 +1,1 @@
+"""One line for existing models: torch.nn and Hugging Face models run on our kernels."""
