@@ -4,14 +4,25 @@ modules.
     from fastgpt import functional as F     # attention, layer_norm, cross_entropy, ...
     from fastgpt import nn                  # the same as modules
     model = fastgpt.GPT(fastgpt.GPTConfig.preset("gpt3-small"))
+    print(fastgpt.replace_layers(a_model_of_torch_or_transformers))
     print(fastgpt.explain(F.attention, q, k, v, window=256))
 """
 
 from fastgpt import functional, nn
 from fastgpt.config import GPTConfig
 from fastgpt.dispatch import backend, explain
+from fastgpt.integrate import replace_layers, restore_layers
 from fastgpt.model import GPT
 
 __version__ = "0.1.0"
 
-__all__ = ["GPT", "GPTConfig", "backend", "explain", "functional", "nn"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "backend",
+    "explain",
+    "functional",
+    "nn",
+    "replace_layers",
+    "restore_layers",
+]

@@ -17,10 +17,10 @@ Action = Callable[[ModuleType], object]
 
 
 class _Announcing(Loader):
-    """A loader that calls `actions` with the module once it is complete."""
+    """A loader that announces its module once it is complete."""
 
-    def __init__(self, loader: Loader, actions: list[Action]) -> None:
-        self.loader, self.actions = loader, actions
+    def __init__(self, loader: Loader, announce: Action) -> None:
+        self.loader, self.announce = loader, announce
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.loader, name)
@@ -33,8 +33,7 @@ class _Announcing(Loader):
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
-        for action in self.actions:
-            action(module)
+        self.announce(module)
 
 
 class _Finder(MetaPathFinder):
@@ -42,17 +41,25 @@ class _Finder(MetaPathFinder):
 
     def __init__(self) -> None:
         self.awaited: dict[str, list[Action]] = {}
+        self.asking: set[str] = set()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        actions = self.awaited.pop(name, None)
-        if actions is None:
+        if name not in self.awaited or name in self.asking:
             return None
-        spec = importlib.util.find_spec(name)
+        self.asking.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.asking.remove(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Announcing(spec.loader, actions)
+            spec.loader = _Announcing(spec.loader, self.announce)
         return spec
+
+    def announce(self, module: ModuleType) -> None:
+        for action in self.awaited.pop(module.__name__, ()):
+            action(module)
 
 
 _FINDER = _Finder()

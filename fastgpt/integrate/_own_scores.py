@@ -1,0 +1,81 @@
+"""For attention modules that compute their scores in a method `_attn`: GPT-Neo, and GPT-J until
+transformers moved it to AttentionInterface."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.integrate.attention import Sight, fall_back, read_mask
+
+
+class FusedScores(torch.nn.Module):
+    """A mixin before the model's class: its `_attn` on the fused kernels, all else as it is.
+
+    Class attribute `own` is the class that `forward` becomes for calls that need the weights.
+    """
+
+    own: type
+    config: Any
+    attn_dropout: Any
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        raise NotImplementedError
+
+    @property
+    def window(self) -> int | None:
+        """Number of keys that a query sees, its own included; None is dense."""
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own; with output_attentions or a head_mask by the model's own `_attn`."""
+        reason = None
+        if kwargs.get("output_attentions"):
+            reason = "output_attentions=True, and a fused kernel never holds the weights"
+        elif kwargs.get("head_mask") is not None:
+            reason = "head_mask"
+        if reason is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        fall_back(reason)
+        same = copy.copy(self)  # with the same parameters
+        same.__class__ = self.own
+        return same.forward(*args, **kwargs)
+
+    def _attn(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """(b, h, sq, d), stored as (b, sq, h, d), and no weights."""
+        dropout = self.attn_dropout.p if self.training else 0.0
+        sight = self.sight(query, key, attention_mask)
+        return sight.attend(query, key, value, self.scale, dropout), None
+
+    def sight(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Sight:
+        """What the queries may see."""
+        return read_mask(self, query, key, attention_mask, None, self.window)
+
+
+class OwnScores(torch.nn.Module):
+    """A mixin before the model's class: its own `_attn` under the masks that `fastgpt_mask` makes."""
+
+    def _attn(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *head_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        sight = read_mask(self, query, key, attention_mask, None)
+        added = sight.additive(query, key)
+        out: tuple[Tensor, Tensor] = super()._attn(query, key, value, added, *head_mask)  # type: ignore[misc]
+        return out
