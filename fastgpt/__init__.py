@@ -7,11 +7,11 @@ modules.
     print(fastgpt.explain(F.attention, q, k, v, window=256))
 """
 
-from fastgpt import functional, nn
+from fastgpt import functional, integrate, nn
 from fastgpt.config import GPTConfig
 from fastgpt.dispatch import backend, explain
 from fastgpt.model import GPT
 
 __version__ = "0.1.0"
 
-__all__ = ["GPT", "GPTConfig", "backend", "explain", "functional", "nn"]
+__all__ = ["GPT", "GPTConfig", "backend", "explain", "functional", "integrate", "nn"]
