@@ -8,7 +8,7 @@ modules.
     print(fastgpt.explain(F.attention, q, k, v, window=256))
 """
 
-from fastgpt import functional, nn
+from fastgpt import functional, integrate, nn
 from fastgpt.config import GPTConfig
 from fastgpt.dispatch import backend, explain
 from fastgpt.integrate import replace_layers, restore_layers
@@ -22,6 +22,7 @@ __all__ = [
     "backend",
     "explain",
     "functional",
+    "integrate",
     "nn",
     "replace_layers",
     "restore_layers",

@@ -196,8 +196,10 @@ def test_no_fast_math() -> None:
 
 
 def test_optional_packages_are_imported_in_their_rooms() -> None:
-    imports = r"(?m)^\s*(?:import|from) (triton|transformers|tokenizers|matplotlib|rich|typer)\b"
+    optional = ("triton", "transformers", "kernels", "tokenizers", "matplotlib", "rich", "typer")
+    imports = rf"(?m)^\s*(?:import|from) ({'|'.join(optional)})\b"
     rooms = {
+        "kernels": ("fastgpt/integrate/kernels_hub/",),
         "triton": ("fastgpt/backends/triton/",),
         "transformers": ("fastgpt/integrate/",),
     }

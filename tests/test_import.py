@@ -91,7 +91,7 @@ def test_native_can_be_switched_off() -> None:
 
 
 def test_import_needs_and_loads_no_optional_package() -> None:
-    optional = ("triton", "transformers", "tokenizers", "typer", "rich", "matplotlib")
+    optional = ("triton", "transformers", "kernels", "tokenizers", "typer", "rich", "matplotlib")
     code = (
         "import sys\n"
         f"for name in {optional}: sys.modules[name] = None\n"

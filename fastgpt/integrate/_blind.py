@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 
-def blind_queries(
-    padding: Tensor, sq: int, causal: bool, window: int | None
-) -> Tensor:
+def blind_queries(padding: Tensor, sq: int, causal: bool, window: int | None) -> Tensor:
     """Which of the last sq queries of (b, n) keys see none of them: bool (b, sq), or (b, 1)."""
     if not causal:
         return ~padding.any(-1, keepdim=True)
@@ -25,9 +23,7 @@ def blind_queries(
     return seen[:, n - sq :] == 0
 
 
-def attend_blindly(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor | None
-) -> Tensor:
+def attend_blindly(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor | None) -> Tensor:
     """Attention whose scores are all equal, differentiated as if they were q k^T * scale.
 
     Args:

@@ -40,7 +40,7 @@ class FusedScores(torch.nn.Module):
         elif kwargs.get("head_mask") is not None:
             reason = "head_mask"
         if reason is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         fall_back(reason)
         same = copy.copy(self)  # with the same parameters
         same.__class__ = self.own
@@ -65,7 +65,7 @@ class FusedScores(torch.nn.Module):
 
 
 class OwnScores(torch.nn.Module):
-    """A mixin before the model's class: its own `_attn` under the masks that `fastgpt_mask` makes."""
+    """A mixin before the model's class: its own `_attn` under the masks of `fastgpt_mask`."""
 
     def _attn(
         self,

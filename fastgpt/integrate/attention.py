@@ -8,6 +8,7 @@ weights, runs in the model's own eager function for that call: warned of once, a
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,10 +23,9 @@ from fastgpt import functional as F
 from fastgpt.backends.reference._band import band, visible
 from fastgpt.integrate._blind import attend_blindly, blind_queries
 
-try:
+_collector: Any = None
+with contextlib.suppress(ImportError):  # transformers 4 tells the modules instead
     from transformers.utils.output_capturing import _active_collector as _collector
-except ImportError:  # transformers 4 tells the modules
-    _collector = None
 
 NAME = "fastgpt"
 """The attn_implementation of our attention."""
@@ -184,9 +184,7 @@ def fastgpt_attention(
             "load the model with attn_implementation='sdpa' for it"
         )
     scale = _scale(module, query, scaling)
-    sight = read_mask(
-        module, query, key, attention_mask, is_causal, sliding_window, position_bias
-    )
+    sight = read_mask(module, query, key, attention_mask, is_causal, sliding_window, position_bias)
     reason = _why_eager(module, query, value, softcap, s_aux, head_mask, kwargs)
     if reason is not None:
         others = {"softcap": softcap, "s_aux": s_aux, "head_mask": head_mask}
@@ -279,8 +277,11 @@ def _documents(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """(1, sq, h, d) of packed documents, whose offsets a collator gave along with the tokens."""
-    packed = F.varlen_attention(
-        *(x[0].transpose(0, 1) for x in (query, key, value)),
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    packed: Tensor = F.varlen_attention(
+        q,
+        k,
+        v,
         kwargs["cu_seq_lens_q"],
         kwargs.get("cu_seq_lens_k", kwargs["cu_seq_lens_q"]),
         kwargs["max_length_q"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
@@ -148,9 +149,7 @@ def steps(model: torch.nn.Module, kinds: Sequence[str]) -> Iterable[Step]:
             yield from _loss_steps(each, names[id(each)])
 
 
-def _attention_steps(
-    root: torch.nn.Module, model: Any, names: dict[int, str]
-) -> Iterable[Step]:
+def _attention_steps(root: torch.nn.Module, model: Any, names: dict[int, str]) -> Iterable[Step]:
     """Those of the attention modules that read `model.config`."""
     before = str(model.config._attn_implementation)
     modules = [
@@ -275,16 +274,22 @@ def _contains(config: Any, part: Any) -> bool:
 
 
 def _loss_steps(model: Any, name: str) -> Iterable[Step]:
-    """The loss of a language model; a handful of classes gains nothing."""
-    kind = getattr(model, "loss_type", None)
+    """The loss of a language model; that of a handful of classes has nothing to gain."""
+    ours = name_of_function(causal_lm_loss)
     if model.__dict__.get("_loss_function") is causal_lm_loss:
-        was = name_of_function(causal_lm_loss)
-        yield Step(Entry(name, "loss", was, was, "it was already"))
-    elif kind not in (None, "ForCausalLM") or "_loss_function" in model.__dict__:
-        return
-    elif "loss_function" in _source_of(type(model)) and model.get_output_embeddings() is not None:
-        entry = Entry(name, "loss", "ForCausalLMLoss", name_of_function(causal_lm_loss))
+        yield Step(Entry(name, "loss", ours, ours, "it was already"))
+    elif _computes_lm_loss(model):
+        entry = Entry(name, "loss", "ForCausalLMLoss", ours)
         yield Step(entry, lambda: remember(model, "_loss_function", causal_lm_loss))
+
+
+def _computes_lm_loss(model: Any) -> bool:
+    return (
+        getattr(model, "loss_type", None) in (None, "ForCausalLM")
+        and "_loss_function" not in model.__dict__
+        and model.get_output_embeddings() is not None
+        and "loss_function" in _source_of(type(model).forward)
+    )
 
 
 def name_of_function(function: Callable[..., Any]) -> str:
@@ -293,11 +298,9 @@ def name_of_function(function: Callable[..., Any]) -> str:
 
 
 @functools.cache
-def _source_of(cls: type) -> str:
-    import inspect
-
+def _source_of(function: Callable[..., Any]) -> str:
     try:
-        return inspect.getsource(cls.forward)  # type: ignore[attr-defined]
+        return inspect.getsource(function)
     except (OSError, TypeError):
         return ""
 

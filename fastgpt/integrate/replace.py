@@ -244,5 +244,3 @@ def _hugging_face_steps(model: torch.nn.Module, kinds: Sequence[str]) -> Iterabl
     from fastgpt.integrate import models
 
     return models.steps(model, kinds)
-
-

@@ -75,27 +75,16 @@ def varlen_attention(
     Sources: Dao 2023, https://arxiv.org/abs/2307.08691; the band as in Child et al. 2019,
     https://arxiv.org/abs/1904.10509.
     """
-    check_rank("q", q, 3, "(tq, h, d)")
-    check_rank("k", k, 3, "(tk, hk, d)")
-    check_shape("k", k, (*k.shape[:2], q.shape[2]), "(tk, hk, d) with d of q")
-    check_shape("v", v, tuple(k.shape), "that of k, (tk, hk, d)")
-    check_heads(q.shape[1], k.shape[1], q.shape[2])
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     q, k, v = cast_together(q, k, v)
     check_flag("causal", causal)
     check_window(window)
     check_scale(scale)
-    _check_offsets("cu_seqlens_q", cu_seqlens_q, q)
-    _check_offsets("cu_seqlens_k", cu_seqlens_k, q)
-    check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "that of cu_seqlens_q")
-    _check_longest("max_seqlen_q", max_seqlen_q)
-    _check_longest("max_seqlen_k", max_seqlen_k)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     backend = dispatch.pick(
         "varlen_attention", q, head_dim=q.shape[2], causal=causal, window=window
     )
-    if host_checks(backend, cu_seqlens_q):
-        _check_contents("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
-        _check_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
+    check_offsets_on_host(backend, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     options = (max_seqlen_q, max_seqlen_k, scale, causal, window)
@@ -107,6 +96,28 @@ def varlen_attention(
         run = dispatch.kernel("varlen_attention", backend, "varlen_attention_fwd")
     out, lse, _ = run(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, False)
     return (out, lse) if return_lse else out
+
+
+def check_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> None:
+    """Check the shapes of q (tq, h, d), k and v (tk, hk, d), their offsets and longest lengths."""
+    check_rank("q", q, 3, "(tq, h, d)")
+    check_rank("k", k, 3, "(tk, hk, d)")
+    check_shape("k", k, (*k.shape[:2], q.shape[2]), "(tk, hk, d) with d of q")
+    check_shape("v", v, tuple(k.shape), "that of k, (tk, hk, d)")
+    check_heads(q.shape[1], k.shape[1], q.shape[2])
+    _check_offsets("cu_seqlens_q", cu_seqlens_q, q)
+    _check_offsets("cu_seqlens_k", cu_seqlens_k, q)
+    check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "that of cu_seqlens_q")
+    _check_longest("max_seqlen_q", max_seqlen_q)
+    _check_longest("max_seqlen_k", max_seqlen_k)
 
 
 def _check_offsets(name: str, offsets: Tensor, q: Tensor) -> None:
@@ -123,6 +134,21 @@ def _check_longest(name: str, longest: int) -> None:
         raise TypeError(f"{name}: expected an int, got {type(longest).__name__}")
     if longest < 0:
         raise ValueError(f"{name}: expected an int of at least 0, got {longest}")
+
+
+def check_offsets_on_host(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> None:
+    """Check what the offsets hold, where Python must (see `host_checks`)."""
+    if host_checks(backend, cu_seqlens_q):
+        _check_contents("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
+        _check_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
 
 
 def _check_contents(
