@@ -247,9 +247,11 @@ def read_mask(
             return Sight(False, None, sk, mask=attention_mask)
         hidden = torch.finfo(position_bias.dtype).min
         return Sight(False, None, sk, bias=torch.where(attention_mask, position_bias, hidden))
-    padding = _as_padding(attention_mask)
-    if padding is not None:
-        return Sight(False, None, sk, padding=padding.expand(key.shape[0], sk), bias=position_bias)
+    seen = _as_bool(attention_mask) if position_bias is None else None
+    if seen is not None:
+        if seen.shape[1] == 1 and seen.shape[2] == 1:
+            return Sight(False, None, sk, padding=seen[:, 0, 0].expand(key.shape[0], sk))
+        return Sight(False, None, sk, mask=seen)
     if position_bias is not None:
         attention_mask = attention_mask + position_bias
     return Sight(False, None, sk, bias=attention_mask)
@@ -293,19 +295,13 @@ def _documents(
     return packed.unsqueeze(0)
 
 
-def _as_padding(mask: Tensor) -> Tensor | None:
-    """A float (b, 1, 1, sk) mask that only hides or shows, as bool (b, sk); None for any other.
-
-    A look at its contents, so on a CPU alone. A row that is hidden altogether stays as it is:
-    adding the same to all of its scores changes nothing.
-    """
-    if mask.shape[1] != 1 or mask.shape[2] != 1 or mask.requires_grad or not _readable(mask):
+def _as_bool(mask: Tensor) -> Tensor | None:
+    """A float mask that only shows or hides, as bool; None for any other, or where a look at its
+    contents would wait."""
+    if mask.requires_grad or not _readable(mask):
         return None
-    shown = mask == 0
-    plain = shown | (mask <= torch.finfo(mask.dtype).min)
-    if bool(plain.all()) and bool(shown.any(-1).all()):
-        return shown[:, 0, 0, :]
-    return None
+    seen = mask == 0
+    return seen if bool((seen | (mask <= torch.finfo(mask.dtype).min)).all()) else None
 
 
 def _readable(x: Tensor) -> bool:

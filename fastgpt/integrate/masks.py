@@ -13,6 +13,7 @@ O(q * kv). The window and the causal rule themselves reach the attention as its 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -27,8 +28,8 @@ from fastgpt.dispatch import _constant
 
 def fastgpt_mask(
     batch_size: int,
-    *args: Any,
-    kv_length: int | None = None,
+    *,
+    kv_length: int,
     kv_offset: int = 0,
     q_length: int | None = None,
     q_offset: int | Tensor = 0,
@@ -47,31 +48,23 @@ def fastgpt_mask(
     Returns:
         None, bool (b, n) or bool (b, 1, q, kv), as the head of this file says.
     """
-    if args:  # an older order of the same arguments
-        names = ("cache_position",) if isinstance(args[0], Tensor) else ("q_length",)
-        raise TypeError(f"fastgpt_mask: expected {names[0]} and all that follows by name")
     positions: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset}
     if cache_position is not None:
         q_length = cache_position.shape[0]
         positions = {"cache_position": cache_position}
     assert q_length is not None
-    assert kv_length is not None
-
-    def exact() -> Tensor | None:
-        mask: Tensor | None = masking_utils.sdpa_mask(
-            batch_size=batch_size,
-            kv_length=kv_length,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            use_vmap=use_vmap,
-            **positions,
-            **others,
-        )
-        return mask
-
+    exact = functools.partial(
+        masking_utils.sdpa_mask,
+        batch_size=batch_size,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        use_vmap=use_vmap,
+        **positions,
+        **others,
+    )
     pattern = None if use_vmap else _pattern(mask_function)
     if pattern is None:
         return exact()
@@ -105,6 +98,8 @@ def _pattern(function: Callable[..., Any]) -> tuple[bool, int | None] | None:
         return False, None
     name = getattr(function, "__qualname__", "")
     if getattr(function, "__module__", "") != masking_utils.__name__:
+        return None
+    if torch.compiler.is_compiling():  # the tracer does not look into closures
         return None
     cells = function.__closure__ or ()
     held = {

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -136,86 +137,81 @@ def _build_small_masks(cls: Any) -> None:
 
 def steps(model: torch.nn.Module, kinds: Sequence[str]) -> Iterable[Step]:
     """What `replace_layers` does to the models of transformers inside of `model`."""
-    names = {id(module): name for name, module in model.named_modules()}
-    theirs = [m for m in model.modules() if isinstance(m, modeling_utils.PreTrainedModel)]
-    if "attention" in kinds:
-        seen: set[int] = set()
-        for each in theirs:
-            if id(each.config) not in seen:
-                seen.add(id(each.config))
-                yield from _attention_steps(model, each, names)
-    if "loss" in kinds:
-        for each in theirs:
-            yield from _loss_steps(each, names[id(each)])
+    for part in _parts_of_models(model):
+        if "attention" in kinds:
+            yield from _attention_steps(model, part)
+        if "loss" in kinds:
+            yield from _loss_steps(part.model, part.name)
 
 
-def _attention_steps(root: torch.nn.Module, model: Any, names: dict[int, str]) -> Iterable[Step]:
-    """Those of the attention modules that read `model.config`."""
+@dataclass(frozen=True)
+class Part:
+    """A PreTrainedModel and what is in it, but not in another one inside of it: name -> module."""
+
+    name: str
+    model: Any
+    modules: dict[str, torch.nn.Module]
+
+
+def _parts_of_models(root: torch.nn.Module) -> list[Part]:
+    parts: dict[str, Part] = {}
+    around: dict[str, Part] = {}
+    for name, module in root.named_modules():
+        if isinstance(module, modeling_utils.PreTrainedModel):
+            parts[name] = around[name] = Part(name, module, {})
+        elif name and (part := around.get(name.rpartition(".")[0])) is not None:
+            around[name] = part
+            part.modules[name] = module
+    return list(parts.values())
+
+
+def _attention_steps(root: torch.nn.Module, part: Part) -> Iterable[Step]:
+    model = part.model
     before = str(model.config._attn_implementation)
-    modules = [
-        m
-        for m in model.modules()
-        if m.__dict__.get("config") is model.config and "is_causal" in m.__dict__
-    ]
-    swapped = [m for m in _of_class_tables(model) if _configuration_of(m, model) is model.config]
-    to_set = functools.partial(_set_implementation, root, model)
-    name = names[id(model)]
-    if swapped:
-        file = _file_of(swapped[0])
-        ours = _our_class(file)
-        for i, module in enumerate(swapped):
-            was, why = name_of(type(module)), wrapped(module)
-            entry = Entry(names[id(module)], "attention", was, None if why else name_of(ours), why)
-            if isinstance(module, ours):
-                yield Step(Entry(entry.module, "attention", was, was, "it was already"))
-            elif why:
-                yield Step(entry)
-            else:
-                yield Step(entry, _both(to_set if i == 0 else None, swap(module, ours)))
-    elif before == NAME:
-        for module in modules:
-            was = f"{type(module).__name__} ({NAME})"
-            yield Step(Entry(names[id(module)], "attention", was, was, "it was already"))
-    elif modules and model._can_set_attn_implementation():
-        for i, module in enumerate(modules):
-            cls = type(module).__name__
-            entry = Entry(names[id(module)], "attention", f"{cls} ({before})", f"{cls} ({NAME})")
-            yield Step(entry, to_set if i == 0 else None)
-    elif _attends(model):
+    tabled = {name: m for name, m in part.modules.items() if isinstance(m, _tabled_classes())}
+    reading = {
+        name: m
+        for name, m in part.modules.items()
+        if "config" in m.__dict__ and "is_causal" in m.__dict__ and name not in tabled
+    }
+    act: Callable[[], object] | None = functools.partial(_set_implementation, root, part)
+    for name, module in tabled.items():
+        ours = _our_class(_file_of(module))
+        was, why = name_of(type(module)), wrapped(module)
+        if isinstance(module, ours):
+            yield Step(Entry(name, "attention", was, was, "it was already"))
+        elif why:
+            yield Step(Entry(name, "attention", was, None, why))
+        else:
+            yield Step(Entry(name, "attention", was, name_of(ours)), _both(act, swap(module, ours)))
+            act = None
+    settable = bool(reading) and model._can_set_attn_implementation()
+    for name, module in reading.items():
+        cls = type(module).__name__
+        was, now = f"{cls} ({before})", f"{cls} ({NAME})"
+        if before == NAME:
+            yield Step(Entry(name, "attention", was, was, "it was already"))
+        elif settable:
+            yield Step(Entry(name, "attention", was, now), act)
+            act = None
+    attends = any("Attention" in type(m).__name__ for m in part.modules.values())
+    if attends and not tabled and not settable and before != NAME:
+        was = f"{type(model).__name__} ({before})"
         why = "its attention is neither on transformers' AttentionInterface nor known to fastgpt"
-        yield Step(Entry(name, "attention", f"{type(model).__name__} ({before})", None, why))
+        yield Step(Entry(part.name, "attention", was, None, why))
 
 
-def _of_class_tables(model: torch.nn.Module) -> list[Any]:
-    """The attention modules of `model` whose class a table of their file decides."""
-    bases = tuple(
-        base
+def _tabled_classes() -> tuple[type, ...]:
+    """The attention classes that a table of their file chooses from, of the files in use."""
+    return tuple(
+        classes["eager"]
         for file, (table, _, _) in CLASS_TABLES.items()
-        if file in sys.modules and (classes := getattr(sys.modules[file], table, None)) is not None
-        for base in (classes["eager"],)
+        if (classes := getattr(sys.modules.get(file), table, None)) is not None
     )
-    return [m for m in model.modules() if isinstance(m, bases)]
-
-
-def _configuration_of(module: torch.nn.Module, model: Any) -> Any:
-    """That of the module, or where it keeps none of the innermost model around it."""
-    found = module.__dict__.get("config")
-    if found is not None:
-        return found
-    around = [
-        m
-        for m in model.modules()
-        if isinstance(m, modeling_utils.PreTrainedModel) and any(x is module for x in m.modules())
-    ]
-    return around[-1].config  # in the order of modules(), an outer one comes first
 
 
 def _file_of(module: torch.nn.Module) -> str:
     return next(base.__module__ for base in type(module).__mro__ if base.__module__ in CLASS_TABLES)
-
-
-def _attends(model: torch.nn.Module) -> bool:
-    return any("Attention" in type(m).__name__ for m in model.modules())
 
 
 def _both(first: Callable[[], object] | None, second: Callable[[], object]) -> Callable[[], object]:
@@ -227,50 +223,44 @@ def _both(first: Callable[[], object] | None, second: Callable[[], object]) -> C
     return act
 
 
-def _set_implementation(root: torch.nn.Module, model: Any) -> None:
-    """Set the implementation in a configuration that no other model reads."""
-    _own_configuration(root, model)
-    remember(model, "config._attn_implementation_internal", NAME)
-    # BERT of transformers 4 keeps the name by which it chooses its masks.
-    for module in model.modules():
-        if "attn_implementation" in module.__dict__ and module.config is model.config:
+def _set_implementation(root: torch.nn.Module, part: Part) -> None:
+    """Set the implementation in every configuration that this part reads, and no other model."""
+    for module in (part.model, *part.modules.values()):
+        config = module.__dict__.get("config")
+        if getattr(config, "_attn_implementation_internal", NAME) != NAME:
+            _own_configuration(root, config)
+            remember(module, "config._attn_implementation_internal", NAME)
+        # BERT of transformers 4 keeps the name by which it chooses its masks.
+        if "attn_implementation" in module.__dict__:
             remember(module, "attn_implementation", NAME)
 
 
 _OWNED = "_fastgpt_owned"
 
 
-def _own_configuration(root: torch.nn.Module, model: Any) -> None:
-    """Give all of `root` that reads the configuration of `model` a copy of it and of its parts."""
-    tops = [
-        m
-        for m in root.modules()
-        if isinstance(m, modeling_utils.PreTrainedModel) and _contains(m.config, model.config)
-    ]
-    whole = tops[0].config
+def _own_configuration(root: torch.nn.Module, config: Any) -> None:
+    """Give all of `root` that reads `config` a copy of it, and of the configuration around it."""
+    tops = [m.config for m in root.modules() if isinstance(m, modeling_utils.PreTrainedModel)]
+    whole = next((top for top in tops if any(each is config for each in _all_of(top))), config)
     if whole.__dict__.get(_OWNED):
         return
     mine = copy.deepcopy(whole)
-    new = {id(old): fresh for old, fresh in zip(_parts(whole), _parts(mine), strict=True)}
     mine.__dict__[_OWNED] = True
+    new = {id(old): fresh for old, fresh in zip(_all_of(whole), _all_of(mine), strict=True)}
     for module in root.modules():
         fresh = new.get(id(module.__dict__.get("config")))
         if fresh is not None:
             module.config = fresh
 
 
-def _parts(config: Any) -> list[Any]:
+def _all_of(config: Any) -> list[Any]:
     """A configuration and all configurations inside of it, in a fixed order."""
-    parts = [config]
+    found = [config]
     for name in getattr(config, "sub_configs", {}):
-        part = getattr(config, name, None)
-        if part is not None:
-            parts += _parts(part)
-    return parts
-
-
-def _contains(config: Any, part: Any) -> bool:
-    return any(each is part for each in _parts(config))
+        inside = getattr(config, name, None)
+        if inside is not None:
+            found += _all_of(inside)
+    return found
 
 
 def _loss_steps(model: Any, name: str) -> Iterable[Step]:
