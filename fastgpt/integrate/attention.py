@@ -67,7 +67,7 @@ class Sight:
         blind = self._blind(q)
         if blind is None:
             return out
-        r = blind.shape[1]
+        r = blind.shape[2]
         q = q[:, :, :r]
         if self.banded_mean:
             k, v = k[:, :, : self.n], v[:, :, : self.n]
@@ -76,26 +76,39 @@ class Sight:
             filled = attend_blindly(q, k, v, scale, band_of_rows)
         else:
             filled = attend_blindly(q, k, v, scale, None)
-        filled = torch.where(blind[:, None, :, None], filled, out[:, :, :r])
+        filled = torch.where(blind[..., None], filled, out[:, :, :r])
         # Token by token, as `out` is stored.
         tokens = (filled.transpose(1, 2), out[:, :, r:].transpose(1, 2))
         return torch.cat(tokens, 1).transpose(1, 2)
 
     def _blind(self, q: Tensor) -> Tensor | None:
-        """Which of the first r queries see no key, bool (b, r); None where all see one."""
-        b, _, sq, _ = q.shape
-        if self.mask is not None:
-            if not _readable(self.mask):
-                return None
-            blind = ~_unexpanded(self.mask).any(-1).any(1)
-        elif self.padding is not None:
-            blind = blind_queries(self.padding, sq, self.causal, self.window)
-        else:
+        """Which of the first r queries see no key, bool (b, h|1, r); None where all see one.
+
+        Kept with the mask, which all layers share: on a GPU this waits, once a pass.
+        """
+        mask = self.padding if self.mask is None else self.mask
+        if mask is None or (self.mask is not None and not _readable(self.mask)):
             return None
         if torch.compiler.is_compiling():
-            return blind.expand(b, sq)
-        found = blind.any(0).expand(sq).nonzero()
-        return blind.expand(b, sq)[:, : int(found[-1]) + 1] if found.numel() else None
+            return self._all_blind(q)
+        kept = mask.__dict__.setdefault("_fastgpt_blind", {})
+        key = (q.shape[2], self.causal, self.window)
+        if key not in kept:
+            blind = self._all_blind(q)
+            found = blind.any(0).any(0).nonzero()
+            kept[key] = blind[..., : int(found[-1]) + 1] if found.numel() else None
+        blind_or_none: Tensor | None = kept[key]
+        return blind_or_none
+
+    def _all_blind(self, q: Tensor) -> Tensor:
+        """Which queries see no key, bool (b, h|1, sq)."""
+        b, _, sq, _ = q.shape
+        if self.mask is not None:
+            blind = ~_unexpanded(self.mask).any(-1)
+        else:
+            assert self.padding is not None
+            blind = blind_queries(self.padding, sq, self.causal, self.window)[:, None]
+        return blind.expand(b, -1, sq)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
         if self.mask is not None:
