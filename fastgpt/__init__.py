@@ -8,6 +8,8 @@ modules.
     print(fastgpt.explain(F.attention, q, k, v, window=256))
 """
 
+from typing import Any
+
 from fastgpt import functional, integrate, nn
 from fastgpt.config import GPTConfig
 from fastgpt.dispatch import backend, explain
@@ -27,3 +29,25 @@ __all__ = [
     "replace_layers",
     "restore_layers",
 ]
+
+_OF_TRANSFORMERS = (
+    "FastGPTConfig",
+    "FastGPTForCausalLM",
+    "FastGPTForSequenceClassification",
+    "FastGPTModel",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """The models for transformers, which is imported only when one of them is asked for."""
+    if name not in _OF_TRANSFORMERS:
+        raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
+    try:
+        from fastgpt.integrate import gpt
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
+        raise ImportError(
+            f"fastgpt.{name} needs transformers: pip install 'transformers>=4.57'"
+        ) from error
+    return getattr(gpt, name)

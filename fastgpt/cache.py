@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from fastgpt import functional as F
 from fastgpt.config import GPTConfig
 from fastgpt.ops._checks import check_tensor
+
+
+class LayerMemory(Protocol):
+    """What one attention layer asks of a cache."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Keep the keys and values of t new tokens, and attend with their queries: (b, h, t, d)."""
+        ...
+
+
+class Memory(Protocol):
+    """What a decoder asks of a cache: `KVCache` here, those of transformers in `integrate`."""
+
+    @property
+    def layers(self) -> Sequence[LayerMemory]:
+        """One per block."""
+        ...
+
+    def begin(self, attention_mask: Tensor | None, b: int, s: int) -> tuple[Tensor | None, Tensor]:
+        """The mask for the layers, and the positions (s) or (b, s), of `s` tokens for `b` rows."""
+        ...
+
+    def advance(self, t: int) -> None:
+        """Count `t` tokens that every layer has taken in."""
+        ...
 
 
 class KVCache:
@@ -49,7 +85,7 @@ class KVCache:
             raise ValueError(
                 f"capacity: expected 1 to n_positions = {config.n_positions}, got {capacity}"
             )
-        self.batch, self.capacity = batch, capacity
+        self.batch, self.capacity, self.n_positions = batch, capacity, config.n_positions
         self.length = 0
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.start: Tensor | None = None
@@ -57,6 +93,22 @@ class KVCache:
             LayerCache(self, config, config.window_of(i), device, dtype)
             for i in range(config.n_layer)
         ]
+
+    def begin(self, attention_mask: Tensor | None, b: int, s: int) -> tuple[None, Tensor]:
+        """Where `s` more tokens of `b` rows stand: (s) or (b, s) positions, and no mask.
+
+        Padding is kept in `start`. Positions are counted on the device, so that a captured step
+        moves on when it is replayed.
+
+        Raises:
+            ValueError: more than n_positions tokens, or as `check` and `hide_padding`.
+        """
+        check_length(s, self.length, self.n_positions)
+        self.check(b, s)
+        if attention_mask is not None:
+            self.hide_padding(attention_mask, s)
+        positions = torch.arange(s, device=self.lengths.device) + self.lengths[:, None]
+        return None, from_first_visible(positions, self.start)
 
     def check(self, batch: int, t: int) -> None:
         """ValueError unless `t` more tokens for `batch` rows fit."""
@@ -227,6 +279,20 @@ def visible_keys(attention_mask: Tensor | None, b: int, keys: int) -> Tensor | N
             f"got {tuple(attention_mask.shape)}"
         )
     return attention_mask.bool()
+
+
+def check_length(new: int, past: int, n_positions: int) -> None:
+    """ValueError unless `new` tokens after `past` cached ones have a position each."""
+    if past + new > n_positions:
+        raise ValueError(
+            f"input_ids: expected at most n_positions = {n_positions} tokens, "
+            f"got {past + new}" + (f" ({past} of them cached)" if past else "")
+        )
+
+
+def from_first_visible(positions: Tensor, first: Tensor | None) -> Tensor:
+    """positions (s) or (b, s), counted from each row's `first` (b,); 0 before it."""
+    return positions if first is None else (positions - first[:, None]).clamp(min=0)
 
 
 def left_padding(visible: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,8 +241,20 @@ def _listed(names: list[str]) -> str:
     return ", ".join(sorted(names)[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
+def _config(values: dict[str, Any]) -> GPTConfig:
+    """Ours, or what `fastgpt.FastGPTConfig` wrote: our fields among those of transformers."""
+    if "transformers_version" not in values:
+        return GPTConfig.from_dict(values)
+    tied = values.get("tie_embeddings", True)
+    _require(values, "tie_word_embeddings", tied)
+    names = {field.name for field in fields(GPTConfig)}
+    return GPTConfig.from_dict({name: values[name] for name in values if name in names})
+
+
 def _plan(shapes: Iterable[str], stored: dict[str, _Stored], config: GPTConfig) -> Plan:
-    return {name: _Recipe((name,)) for name in shapes}
+    """Ours, or with the prefix of the models for transformers, under which everything lies."""
+    prefix = "transformer." if "transformer.wte.weight" in stored else ""
+    return {name: _Recipe((prefix + name,)) for name in shapes}
 
 
 def _hugging_face_prefix(stored: dict[str, _Stored], tied: bool) -> str:
@@ -360,7 +372,7 @@ def _config_gpt_neo(values: dict[str, Any]) -> GPTConfig:
 
 
 _FORMATS: dict[str, tuple[Callable[..., GPTConfig], Callable[..., Plan]]] = {
-    MODEL_TYPE: (GPTConfig.from_dict, _plan),
+    MODEL_TYPE: (_config, _plan),
     "gpt2": (_config_gpt2, _plan_gpt2),
     "gpt_neo": (_config_gpt_neo, _plan_gpt_neo),
 }

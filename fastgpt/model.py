@@ -11,13 +11,22 @@ import torch
 from torch import Tensor
 
 from fastgpt import functional as F
-from fastgpt.cache import KVCache, visible_keys
+from fastgpt.cache import (
+    KVCache,
+    LayerMemory,
+    Memory,
+    check_length,
+    from_first_visible,
+    visible_keys,
+)
 from fastgpt.config import GPTConfig
 from fastgpt.generate import generate
-from fastgpt.nn import DecoderBlock, LayerNorm
+from fastgpt.nn import DecoderBlock, LayerNorm, check_hidden
 from fastgpt.ops._checks import check_tensor, host_checks
 
 IGNORE_INDEX = -100
+
+RunBlock = Callable[[torch.nn.Module, Tensor, Tensor | None, LayerMemory | None], Tensor]
 
 
 class GPTOutput(NamedTuple):
@@ -31,12 +40,11 @@ class GPTOutput(NamedTuple):
     loss: Tensor | None
 
 
-class GPT(torch.nn.Module):
-    """A GPT decoder: embeddings, `n_layer` blocks, final layer norm (pre-norm only), output matrix.
+class Decoder(torch.nn.Module):
+    """The body of a GPT: embeddings, `n_layer` blocks, final layer norm (pre-norm only).
 
-    Parameters are named as in GPT-2's checkpoints (`wte`, `wpe`, `h.0.attn.c_attn`, ..., `ln_f`,
-    `lm_head`) and initialised as in GPT-2: normal(0, 0.02), the projections that feed the residual
-    stream scaled by 1 / sqrt(2 * n_layer), biases 0.
+    Parameters are named as in GPT-2's checkpoints: `wte`, `wpe`, `h.0.attn.c_attn`, ..., `ln_f`.
+    They are as torch makes them; whoever puts a head on the body initialises both.
 
     Sources: Radford et al. 2018 and 2019; Brown et al. 2020, https://arxiv.org/abs/2005.14165
     """
@@ -51,6 +59,102 @@ class GPT(torch.nn.Module):
         self.ln_f: torch.nn.Module = torch.nn.Identity()
         if config.norm == "pre":
             self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Memory | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        run_block: RunBlock | None = None,
+    ) -> Tensor:
+        """What a head reads, (b, s, n_embd).
+
+        Args:
+            input_ids, attention_mask, cache: as `GPT.forward`.
+            inputs_embeds: (b, s, n_embd) in place of input_ids: what stands for the tokens before
+                their positions are added.
+            run_block: called as `run_block(block, x, mask, layer_cache)` in place of the block, to
+                run it another way (checkpointed) or to look at what goes through.
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds, or as `GPT.forward`.
+            TypeError: as `GPT.forward`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "input_ids: expected either input_ids or inputs_embeds, got "
+                + ("neither" if input_ids is None else "both")
+            )
+        if input_ids is not None:
+            self._check_input_ids(input_ids)
+            tokens = input_ids
+        else:
+            assert inputs_embeds is not None
+            check_hidden(inputs_embeds, self.config.n_embd, name="inputs_embeds")
+            tokens = inputs_embeds
+        b, s = tokens.shape[:2]
+        if cache is None:
+            check_length(s, 0, self.config.n_positions)
+            attention_mask = visible_keys(attention_mask, b, s)
+            first = None if attention_mask is None else attention_mask.int().argmax(dim=1)
+            positions = from_first_visible(torch.arange(s, device=tokens.device), first)
+        else:
+            attention_mask, positions = cache.begin(attention_mask, b, s)
+        embedded = self.wte(tokens) if inputs_embeds is None else inputs_embeds
+        x = self.drop(embedded + self.wpe(positions))
+        for i, block in enumerate(self.h):
+            layer = None if cache is None else cache.layers[i]
+            if run_block is None:
+                x = block(x, attention_mask, layer)
+            else:
+                x = run_block(block, x, attention_mask, layer)
+        if cache is not None:
+            cache.advance(s)
+        return self.ln_f(x)
+
+    def init_module(self, module: torch.nn.Module) -> None:
+        """Initialise one module, of this body or of a head on it, as GPT-2 does.
+
+        normal(0, 0.02), the projections that feed the residual stream scaled by
+        1 / sqrt(2 * n_layer); biases 0, layer norms 1.
+        """
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            residual = (m for name, m in self.named_modules() if name.endswith("c_proj"))
+            scale = (2 * self.config.n_layer) ** -0.5 if module in residual else 1.0
+            torch.nn.init.normal_(module.weight, 0.0, 0.02 * scale)
+            if isinstance(module, torch.nn.Linear) and module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, LayerNorm):
+            module.reset_parameters()
+
+    def _check_input_ids(self, input_ids: Tensor) -> None:
+        check_tensor("input_ids", input_ids)
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(
+                f"input_ids: expected shape (b, s) with s >= 1, got {tuple(input_ids.shape)}"
+            )
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids: expected dtype int64 or int32, got {input_ids.dtype}")
+        v = self.config.vocab_size
+        if host_checks("reference", input_ids):
+            bad = (input_ids < 0) | (input_ids >= v)
+            _check_ids("input_ids", input_ids, bad, f"0 to {v - 1}", v)
+
+
+class GPT(Decoder):
+    """A GPT: the `Decoder`, and the output matrix `lm_head` that turns its state into logits.
+
+    Parameters are named as in GPT-2's checkpoints (`wte`, `wpe`, `h.0.attn.c_attn`, ..., `ln_f`,
+    `lm_head`) and initialised as in GPT-2: normal(0, 0.02), the projections that feed the residual
+    stream scaled by 1 / sqrt(2 * n_layer), biases 0.
+
+    Sources: Radford et al. 2018 and 2019; Brown et al. 2020, https://arxiv.org/abs/2005.14165
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
         self.lm_head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         self.reset_parameters()
@@ -60,19 +164,9 @@ class GPT(torch.nn.Module):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise every parameter as GPT-2 does."""
-        residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
-        for name, module in self.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.normal_(0.0, residual_std if name.endswith("c_proj") else 0.02)
-                if module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, torch.nn.Embedding):
-                module.weight.normal_(0.0, 0.02)
-            elif isinstance(module, LayerNorm):
-                module.reset_parameters()
+        self.apply(self.init_module)
 
     def num_parameters(self) -> int:
         """How many numbers are trained; a tied output matrix counts once."""
@@ -83,7 +177,7 @@ class GPT(torch.nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Memory | None = None,
         *,
         return_logits: bool = True,
     ) -> GPTOutput:
@@ -111,59 +205,35 @@ class GPT(torch.nn.Module):
         if labels is None and not return_logits:
             raise ValueError("return_logits: expected True without labels, got False")
         if labels is not None:
-            self._check_labels(labels, input_ids)
+            check_tensor("input_ids", input_ids)
+            self.check_labels(labels, input_ids.shape)
         hidden = self.hidden_states(input_ids, attention_mask, cache)
         logits = self.lm_head(hidden) if return_logits else None
         if labels is None:
             return GPTOutput(logits, None)
+        return GPTOutput(logits, self.next_token_loss(hidden, logits, labels))
+
+    def next_token_loss(
+        self, hidden: Tensor, logits: Tensor | None, labels: Tensor, reduction: str = "mean"
+    ) -> Tensor:
+        """The cross entropy of each position against the next label; -100 is left out.
+
+        Args:
+            hidden: (b, s, n_embd), of which the logits are made here where there are none.
+            logits: (b, s, vocab_size), or None: `linear_cross_entropy` never holds them.
+            labels: (b, s) that pass `check_labels`.
+            reduction: "mean", "sum" or "none", the latter (b * s,).
+        """
         # Shifting the labels instead of the logits leaves the logits where they are.
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         targets = targets.reshape(-1).long()
         if logits is None:
             rows = hidden.reshape(-1, hidden.shape[-1])
-            loss = F.linear_cross_entropy(
-                rows, self.lm_head.weight, targets, ignore_index=IGNORE_INDEX
+            return F.linear_cross_entropy(
+                rows, self.lm_head.weight, targets, ignore_index=IGNORE_INDEX, reduction=reduction
             )
-        else:
-            rows = logits.reshape(-1, logits.shape[-1])
-            loss = F.cross_entropy(rows, targets, ignore_index=IGNORE_INDEX)
-        return GPTOutput(logits, loss)
-
-    def hidden_states(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """What the output matrix reads, (b, s, n_embd); arguments and errors as `forward`."""
-        self._check_input_ids(input_ids)
-        b, s = input_ids.shape
-        past = 0 if cache is None else cache.length
-        if past + s > self.config.n_positions:
-            raise ValueError(
-                f"input_ids: expected at most n_positions = {self.config.n_positions} tokens, "
-                f"got {past + s}" + (f" ({past} of them cached)" if past else "")
-            )
-        positions = torch.arange(s, device=input_ids.device)
-        if cache is None:
-            attention_mask = visible_keys(attention_mask, b, s)
-            first = None if attention_mask is None else attention_mask.int().argmax(dim=1)
-        else:
-            cache.check(b, s)
-            if attention_mask is not None:
-                cache.hide_padding(attention_mask, s)
-                attention_mask = None
-            first = cache.start
-            # Counted on the device, so that a captured step moves on when it is replayed.
-            positions = positions + cache.lengths[:, None]
-        if first is not None:
-            positions = (positions - first[:, None]).clamp(min=0)
-        x = self.drop(self.wte(input_ids) + self.wpe(positions))
-        for i, block in enumerate(self.h):
-            x = block(x, attention_mask, None if cache is None else cache.layers[i])
-        if cache is not None:
-            cache.advance(s)
-        return self.ln_f(x)
+        rows = logits.reshape(-1, logits.shape[-1])
+        return F.cross_entropy(rows, targets, ignore_index=IGNORE_INDEX, reduction=reduction)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` (default n_positions) tokens.
@@ -231,26 +301,12 @@ class GPT(torch.nn.Module):
 
         return from_pretrained(cls, Path(folder), dtype=dtype, device=device)
 
-    def _check_input_ids(self, input_ids: Tensor) -> None:
-        check_tensor("input_ids", input_ids)
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids: expected shape (b, s) with s >= 1, got {tuple(input_ids.shape)}"
-            )
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"input_ids: expected dtype int64 or int32, got {input_ids.dtype}")
-        v = self.config.vocab_size
-        if host_checks("reference", input_ids):
-            bad = (input_ids < 0) | (input_ids >= v)
-            _check_ids("input_ids", input_ids, bad, f"0 to {v - 1}", v)
-
-    def _check_labels(self, labels: Tensor, input_ids: Tensor) -> None:
+    def check_labels(self, labels: Tensor, shape: torch.Size) -> None:
+        """ValueError or TypeError unless labels fit input_ids of `shape` (b, s); see `forward`."""
         check_tensor("labels", labels)
-        check_tensor("input_ids", input_ids)
-        if labels.shape != input_ids.shape:
+        if labels.shape != shape:
             raise ValueError(
-                f"labels: expected the shape of input_ids {tuple(input_ids.shape)}, "
-                f"got {tuple(labels.shape)}"
+                f"labels: expected the shape of input_ids {tuple(shape)}, got {tuple(labels.shape)}"
             )
         if labels.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"labels: expected dtype int64 or int32, got {labels.dtype}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt import functional as F
-from fastgpt.cache import LayerCache, visible_keys
+from fastgpt.cache import LayerMemory, visible_keys
 from fastgpt.config import GPTConfig
 
 __all__ = [
@@ -241,7 +241,7 @@ class CausalSelfAttention(torch.nn.Module):
         self.resid_dropout = torch.nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None = None, cache: LayerCache | None = None
+        self, x: Tensor, attention_mask: Tensor | None = None, cache: LayerMemory | None = None
     ) -> Tensor:
         """(b, s, n_embd) to (b, s, n_embd).
 
@@ -296,7 +296,7 @@ class MLP(torch.nn.Module):
         self.dropout = torch.nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None = None, cache: LayerCache | None = None
+        self, x: Tensor, attention_mask: Tensor | None = None, cache: LayerMemory | None = None
     ) -> Tensor:
         """(b, s, n_embd) to (b, s, n_embd), each position by itself.
 
@@ -331,7 +331,7 @@ class DecoderBlock(torch.nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None = None, cache: LayerCache | None = None
+        self, x: Tensor, attention_mask: Tensor | None = None, cache: LayerMemory | None = None
     ) -> Tensor:
         """(b, s, n_embd) to (b, s, n_embd); arguments and errors as `CausalSelfAttention`."""
         if self.post_norm:
@@ -349,7 +349,7 @@ def _add_norm(x: Tensor, residual: Tensor, norm: LayerNorm) -> tuple[Tensor, Ten
     return F.add_layer_norm(x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def check_hidden(x: Tensor, n_embd: int) -> None:
+def check_hidden(x: Tensor, n_embd: int, *, name: str = "x") -> None:
     """ValueError unless x is (b, s, n_embd)."""
     if x.dim() != 3 or x.shape[2] != n_embd:
-        raise ValueError(f"x: expected shape (b, s, {n_embd}), got {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected shape (b, s, {n_embd}), got {tuple(x.shape)}")

@@ -322,3 +322,28 @@ def test_gradient_penalty_is_right_on_reference_and_refused_by_the_kernels():
     (first,) = torch.autograd.grad(loss, model.wpe.weight, create_graph=True)
     with pytest.raises(RuntimeError, match=r'fastgpt.backend\("reference"\)'):
         first.square().sum().backward()
+
+
+def test_embeddings_in_place_of_ids_and_blocks_run_by_somebody_else():
+    model, tokens = small().eval(), ids()
+    want, seen = model.hidden_states(tokens), []
+
+    def run_block(block, x, mask, layer):
+        seen.append(x)
+        return checkpoint(block, x, mask, layer, use_reentrant=False)
+
+    embedded = model.wte(tokens)
+    got = model.hidden_states(inputs_embeds=embedded, run_block=run_block)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert [tuple(x.shape) for x in seen] == [(2, 11, 24)] * 3
+    cache = model.new_cache(2)
+    with torch.no_grad():
+        parts = [model.hidden_states(None, None, cache, inputs_embeds=embedded[:, :7])]
+        parts += [model.hidden_states(tokens[:, 7:], None, cache)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), want)
+    with pytest.raises(ValueError, match=r"input_ids: expected either .* got both"):
+        model.hidden_states(tokens, inputs_embeds=embedded)
+    with pytest.raises(ValueError, match=r"input_ids: expected either .* got neither"):
+        model.hidden_states()
+    with pytest.raises(ValueError, match="inputs_embeds: expected shape"):
+        model.hidden_states(inputs_embeds=embedded[..., 1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from fastgpt.integrate import sdpa
+from fastgpt.integrate import auto, sdpa
 from fastgpt.integrate._on_import import on_import
 from fastgpt.integrate.replace import Entry, Report, replace_layers, restore_layers
 
@@ -28,4 +28,5 @@ def _adapt(file: ModuleType) -> None:
 on_import("transformers.modeling_utils", _register_attention)
 for _family in _FAMILIES:
     on_import(f"transformers.models.{_family}.modeling_{_family}", _adapt)
+auto.register_when_imported()
 sdpa.register()
