@@ -357,10 +357,10 @@ def judge(spec: OpSpec, want: Expected, got: Results) -> list[str]:
 def grid(spec: OpSpec) -> list[Any]:
     """Every (backend, dtype, case) that the dispatch table declares, as pytest parameters.
 
-    Triton's interpreter takes seconds a case: of float16, which differs from bfloat16 in its
-    conversions alone, it gets every third.
+    Triton's interpreter and the emulator take seconds a case: of float16, which differs from
+    bfloat16 in its conversions alone, they get every third.
     """
-    slow = {"triton"} if triton.interpreted() else set()
+    slow = {"cuda_emulated", "triton"} if triton.interpreted() else {"cuda_emulated"}
     return [
         pytest.param(backend, dtype, case, id=f"{backend}-{str(dtype)[6:]}-{case.id}")
         for backend, cell in dispatch.TABLE[spec.op].items()

@@ -22,6 +22,8 @@ if (MISSING := triton.missing()) is not None:
 
 from tests.triton_aot import OPS, SHARED, Compiled, table
 
+# The other targets take what the tests have no time for: CI gives it.
+TARGETS = SHARED if os.environ.get("FASTGPT_EVERY_TARGET") == "1" else ("sm_90",)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -80,7 +82,7 @@ def compiler(started: list[Compiler], tmp_path_factory: pytest.TempPathFactory) 
     return started[-1]
 
 
-@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_fits_and_does_not_spill(compiler: Compiler, op: str, target: str) -> None:
     """float32 attention and heads of more than 128 may spill; which of them do is printed."""
