@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
     if name not in _OF_TRANSFORMERS:
         raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
     try:
-        from fastgpt.integrate import gpt
+        from fastgpt.integrate.hugging_face import gpt
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "transformers":
             raise

@@ -1,4 +1,4 @@
-"""Small GPTs as models of transformers, for the tests of `fastgpt.integrate.gpt`."""
+"""Small GPTs as models of transformers, for the tests of `fastgpt.integrate.hugging_face.gpt`."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from fastgpt import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
 
-from fastgpt.integrate.gpt import CACHE
+from fastgpt.integrate.hugging_face.gpt import CACHE
 from tests.hf_gpt import SHAPE, gpt, ids, left_padded, wrapped
 
 # --- the configuration ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import fastgpt
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
 
-from fastgpt.integrate.gpt import CACHE
+from fastgpt.integrate.hugging_face.gpt import CACHE
 from tests.hf_gpt import SHAPE, classifier, gpt, ids, left_padded, module, word_tokenizer, wrapped
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import transformers as hf
 
 import fastgpt
-from fastgpt.integrate import attention
+from fastgpt.integrate.hugging_face import attention
 from tests.hf_models import (
     FAMILIES,
     GENERATING,

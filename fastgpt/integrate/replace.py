@@ -174,10 +174,8 @@ def swap(module: torch.nn.Module, cls: type[torch.nn.Module]) -> Callable[[], ob
 
 def name_of(cls: type) -> str:
     """A class as the report names it: torch.nn.LayerNorm, fastgpt.nn.LayerNorm, GPT2Attention."""
-    room = cls.__module__
-    if room.startswith("torch.nn."):
-        return f"torch.nn.{cls.__name__}"
-    return f"{room}.{cls.__name__}" if room.startswith("fastgpt.") else cls.__name__
+    room = "torch.nn" if cls.__module__.startswith("torch.nn.") else cls.__module__
+    return f"{room}.{cls.__name__}" if room in ("torch.nn", "fastgpt.nn") else cls.__name__
 
 
 def wrapped(module: torch.nn.Module) -> str:
@@ -241,6 +239,6 @@ def _hugging_face_steps(model: torch.nn.Module, kinds: Sequence[str]) -> Iterabl
     """Those of transformers' models, which there can only be where it is imported."""
     if "transformers.modeling_utils" not in sys.modules:
         return ()
-    from fastgpt.integrate import models
+    from fastgpt.integrate.hugging_face import models
 
     return models.steps(model, kinds)

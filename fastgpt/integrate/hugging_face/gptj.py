@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from fastgpt.integrate._own_scores import FusedScores, OwnScores
+from fastgpt.integrate.hugging_face._own_scores import FusedScores, OwnScores
 
 
 class OwnGPTJAttention(OwnScores, GPTJAttention):

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt import functional as F
 from fastgpt.backends.reference._band import band, visible
-from fastgpt.integrate._blind import attend_blindly, blind_queries
+from fastgpt.integrate.hugging_face._blind import attend_blindly, blind_queries
 
 _collector: Any = None
 with contextlib.suppress(ImportError):  # transformers 4 tells the modules instead

@@ -1,4 +1,4 @@
-"""The Auto classes of transformers get to know the models of `fastgpt.integrate.gpt`."""
+"""The Auto classes of transformers get to know our models, the moment they are imported."""
 
 from __future__ import annotations
 
@@ -7,25 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from fastgpt.integrate._on_import import on_import
 
-
-def register_when_imported() -> None:
-    """Make the Auto classes of transformers know "fastgpt" as soon as they are imported."""
-    on_import("transformers.models.auto.configuration_auto", _register_config)
-    on_import("transformers.models.auto.modeling_auto", _register_models)
-
-
-def _register_config(auto: ModuleType) -> None:
+def register_config(auto: ModuleType) -> None:
+    """AutoConfig reads the folders of our models."""
     with _harmless():
-        from fastgpt.integrate.gpt_config import FastGPTConfig
+        from fastgpt.integrate.hugging_face.gpt_config import FastGPTConfig
 
         auto.AutoConfig.register(FastGPTConfig.model_type, FastGPTConfig, exist_ok=True)
 
 
-def _register_models(auto: ModuleType) -> None:
+def register_models(auto: ModuleType) -> None:
+    """The Auto classes make our models of such a configuration."""
     with _harmless():
-        from fastgpt.integrate import gpt
+        from fastgpt.integrate.hugging_face import gpt
 
         for names, auto_class, model in (
             (auto.MODEL_MAPPING_NAMES, auto.AutoModel, gpt.FastGPTModel),

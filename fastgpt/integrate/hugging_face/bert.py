@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from fastgpt.integrate.attention import fall_back, read_mask
+from fastgpt.integrate.hugging_face.attention import fall_back, read_mask
 
 
 class FastBertSelfAttention(BertSelfAttention):

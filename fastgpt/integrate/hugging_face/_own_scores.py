@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.integrate.attention import Sight, fall_back, read_mask
+from fastgpt.integrate.hugging_face.attention import Sight, fall_back, read_mask
 
 
 class FusedScores(torch.nn.Module):

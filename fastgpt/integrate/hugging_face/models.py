@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import masking_utils, modeling_utils
 
 from fastgpt import functional as F
-from fastgpt.integrate.attention import NAME, WEIGHTS, fastgpt_attention
-from fastgpt.integrate.masks import fastgpt_mask
+from fastgpt.integrate.hugging_face.attention import NAME, WEIGHTS, fastgpt_attention
+from fastgpt.integrate.hugging_face.masks import fastgpt_mask
 from fastgpt.integrate.replace import Entry, Step, name_of, remember, swap, wrapped
 
 _MODELS = "transformers.models"
@@ -31,17 +31,17 @@ _MODELS = "transformers.models"
 CLASS_TABLES = {
     f"{_MODELS}.gpt_neo.modeling_gpt_neo": (
         "GPT_NEO_ATTENTION_CLASSES",
-        "fastgpt.integrate.gpt_neo",
+        "fastgpt.integrate.hugging_face.gpt_neo",
         "FastGPTNeoSelfAttention",
     ),
     f"{_MODELS}.gptj.modeling_gptj": (
         "GPTJ_ATTENTION_CLASSES",
-        "fastgpt.integrate.gptj",
+        "fastgpt.integrate.hugging_face.gptj",
         "FastGPTJAttention",
     ),
     f"{_MODELS}.bert.modeling_bert": (
         "BERT_SELF_ATTENTION_CLASSES",
-        "fastgpt.integrate.bert",
+        "fastgpt.integrate.hugging_face.bert",
         "FastBertSelfAttention",
     ),
 }
@@ -265,7 +265,7 @@ def _all_of(config: Any) -> list[Any]:
 
 def _loss_steps(model: Any, name: str) -> Iterable[Step]:
     """The loss of a language model; that of a handful of classes has nothing to gain."""
-    ours = name_of_function(causal_lm_loss)
+    ours = "fastgpt.functional.cross_entropy"
     if model.__dict__.get("_loss_function") is causal_lm_loss:
         yield Step(Entry(name, "loss", ours, ours, "it was already"))
     elif _computes_lm_loss(model):
@@ -280,11 +280,6 @@ def _computes_lm_loss(model: Any) -> bool:
         and model.get_output_embeddings() is not None
         and "loss_function" in _source_of(type(model).forward)
     )
-
-
-def name_of_function(function: Callable[..., Any]) -> str:
-    """A function as the report names it."""
-    return f"{function.__module__}.{function.__name__}"
 
 
 @functools.cache

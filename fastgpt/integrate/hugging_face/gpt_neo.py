@@ -10,8 +10,8 @@ import dataclasses
 from torch import Tensor
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
-from fastgpt.integrate._own_scores import FusedScores, OwnScores
-from fastgpt.integrate.attention import Sight
+from fastgpt.integrate.hugging_face._own_scores import FusedScores, OwnScores
+from fastgpt.integrate.hugging_face.attention import Sight
 
 
 class OwnGPTNeoSelfAttention(OwnScores, GPTNeoSelfAttention):

@@ -22,8 +22,8 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from fastgpt.integrate.gpt_cache import CacheView
-from fastgpt.integrate.gpt_config import FastGPTConfig
+from fastgpt.integrate.hugging_face.gpt_cache import CacheView
+from fastgpt.integrate.hugging_face.gpt_config import FastGPTConfig
 from fastgpt.model import GPT, IGNORE_INDEX, Decoder
 from fastgpt.ops._checks import host_checks
 
