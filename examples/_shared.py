@@ -43,12 +43,13 @@ def missing(package: str) -> SystemExit:
 
 @contextlib.contextmanager
 def needs(*packages: str) -> Iterator[None]:
-    """Around imports: a missing one of `packages` ends the script with the command to install it."""
+    """Around imports: where one of `packages` is missing, the script ends with the remedy."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name in packages:
-            raise missing(error.name) from None
+        package = (error.name or "").partition(".")[0]
+        if package in packages:
+            raise missing(package) from None
         raise
 
 
