@@ -85,6 +85,7 @@ def smollm2() -> Path:
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(stored.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf)
+    tokenizer.add_bos_token = False  # as its own tokenizer; transformers 4 adds one to GGUF's
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     partial = CONVERTED / f"{folder.name}.{os.getpid()}"
     model.float().save_pretrained(partial)
