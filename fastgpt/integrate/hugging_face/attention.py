@@ -9,6 +9,8 @@ weights, runs in the model's own eager function for that call: warned of once, a
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt import functional as F
 from fastgpt.backends.reference._band import band, visible
+from fastgpt.dispatch import _constant
 from fastgpt.integrate.hugging_face._blind import attend_blindly, blind_queries
 
 _collector: Any = None
@@ -32,6 +35,10 @@ NAME = "fastgpt"
 
 WEIGHTS = "fastgpt_return_weights"
 """The keyword by which an attention module hands on that its weights are asked for."""
+
+CHOSEN_KEYS = ("indices", "block_indices")
+"""Keywords by which sparse attention (DeepSeek-V3.2, MiniMax-M3) tells any implementation but eager
+and sdpa, which find it in the mask, the only keys that each query sees."""
 
 _warned: set[str] = set()
 
@@ -115,8 +122,10 @@ class Sight:
             return F.scaled_dot_product_attention(
                 q, k, v, self.mask, dropout, scale=scale, enable_gqa=True
             )
+        bias = self.bias
         if self.n != k.shape[2]:
             k, v = k[:, :, : self.n], v[:, :, : self.n]
+            bias = None if bias is None else bias[..., : self.n]
         out: Tensor = F.attention(
             q,
             k,
@@ -125,7 +134,7 @@ class Sight:
             window=self.window,
             scale=scale,
             key_padding_mask=self.padding,
-            bias=self.bias,
+            bias=bias,
             dropout_p=dropout,
         )
         return out
@@ -174,8 +183,8 @@ def fastgpt_attention(
         module: the attention module that calls.
         query: (b, h, sq, d).
         key, value: (b, hk, sk, d), those of the cache included; h is a multiple of hk.
-        attention_mask: what `fastgpt_mask` returns, or a model's own (b|1, h|1, sq|1, sk): bool,
-            True = may be seen, or float, added to the scores.
+        attention_mask: what `fastgpt_mask` returns, (b, n) of which is causal, or a model's own
+            (b|1, h|1, sq|1, sk): bool, True = may be seen, or float, added to the scores.
         dropout: probability of dropping a weight.
         scaling: factor on the scores; None is d ** -0.5.
         sliding_window: number of keys that a query sees, its own included.
@@ -188,14 +197,22 @@ def fastgpt_attention(
 
     Raises:
         ValueError, TypeError: a mask of another shape or dtype.
-        NotImplementedError: a call that only eager attention serves, of a model that has none; or
-            a paged cache (continuous batching).
+        NotImplementedError: a call that only eager attention serves, of a model that has none; a
+            paged cache (continuous batching); or sparse attention, whose keys the model chooses.
     """
     if cache is not None:
         raise NotImplementedError(
             "cache: fastgpt's attention has no paged cache (continuous batching); "
             "load the model with attn_implementation='sdpa' for it"
         )
+    for name in CHOSEN_KEYS:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: fastgpt has no sparse attention whose keys the model chooses; "
+                "load the model with attn_implementation='sdpa'"
+            )
+    if query.shape[0] != key.shape[0]:  # one set of queries for all rows (BLIP-2's)
+        query = query.expand(key.shape[0], -1, -1, -1)
     scale = _scale(module, query, scaling)
     sight = read_mask(module, query, key, attention_mask, is_causal, sliding_window, position_bias)
     reason = _why_eager(module, query, value, softcap, s_aux, head_mask, kwargs)
@@ -203,7 +220,8 @@ def fastgpt_attention(
         others = {"softcap": softcap, "s_aux": s_aux, "head_mask": head_mask}
         kwargs |= {name: given for name, given in others.items() if given is not None}
         return _eager(module, query, key, value, sight, scale, dropout, reason, kwargs)
-    if kwargs.get("cu_seq_lens_q") is not None and dropout == 0.0 and query.shape[0] == 1:
+    packed = kwargs.get("cu_seq_lens_q") is not None and query.shape[0] == 1
+    if packed and dropout == 0.0 and position_bias is None:
         causal, window = _rule(module, query, is_causal, sliding_window)
         return _documents(query, key, value, scale, causal, window, kwargs), None
     out = sight.attend(query, key, value, scale, dropout)
@@ -242,10 +260,9 @@ def read_mask(
         n = attention_mask.shape[1]
         if n > sk:
             raise ValueError(f"attention_mask: expected at most {sk} keys, got {n}")
-        # transformers 4 says is_causal=False wherever GPT-2 gets a mask; the module knows better.
-        causal, window = _rule(module, query, None, sliding_window)
+        padding = None if _hides_nothing(attention_mask) else attention_mask.bool()
         banded = hasattr(module, "masked_bias")  # causal by a where of its own: GPT-2 there
-        return Sight(causal, window, n, attention_mask.bool(), None, position_bias, banded)
+        return Sight(True, _window(sliding_window), n, padding, None, position_bias, banded)
     if attention_mask.dim() != 4:
         raise ValueError(
             "attention_mask: expected (b, n) or (b, h, sq, sk), "
@@ -254,12 +271,13 @@ def read_mask(
     if attention_mask.shape[3] > sk:
         attention_mask = attention_mask[..., :sk]
     if attention_mask.dtype == torch.bool:
-        if attention_mask.stride() == (0, 0, 0, 0):  # `fastgpt_mask` where nothing is hidden
+        if _hides_nothing(attention_mask):
             return Sight(False, None, sk, bias=position_bias)
         if position_bias is None:
             return Sight(False, None, sk, mask=attention_mask)
         hidden = torch.finfo(position_bias.dtype).min
-        return Sight(False, None, sk, bias=torch.where(attention_mask, position_bias, hidden))
+        bias = torch.where(attention_mask, position_bias, hidden)
+        return Sight(False, None, sk, bias=without_the_least(bias))
     seen = _as_bool(attention_mask) if position_bias is None else None
     if seen is not None:
         if seen.shape[1] == 1 and seen.shape[2] == 1:
@@ -267,7 +285,20 @@ def read_mask(
         return Sight(False, None, sk, mask=seen)
     if position_bias is not None:
         attention_mask = attention_mask + position_bias
-    return Sight(False, None, sk, bias=attention_mask)
+    return Sight(False, None, sk, bias=without_the_least(attention_mask))
+
+
+def without_the_least(bias: Tensor) -> Tensor:
+    """A bias whose lowest finite values are half the least of its dtype.
+
+    The kernels take exponentials of base 2. The least float times log2(e) is -inf, and a query that
+    sees no key would get 0, as of -inf; eager attention makes its softmax uniform. Not where a
+    gradient is asked for: it comes from the log-sum-exp, which loses log(n) beside such a number.
+    """
+    if torch.is_grad_enabled():
+        return bias
+    half = torch.finfo(bias.dtype).min / 2
+    return bias.masked_fill((bias < half) & ~bias.isneginf(), half)
 
 
 def _rule(
@@ -277,9 +308,18 @@ def _rule(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
         is_causal = is_causal and not getattr(module, "is_cross_attention", False)
-    window = sliding_window if sliding_window is not None and sliding_window > 0 else None
+    window = _window(sliding_window)
     # Of a single query the causal rule hides nothing, whatever it is called; the window may.
     return bool(is_causal), window if is_causal or query.shape[2] == 1 else None
+
+
+def _window(sliding_window: int | None) -> int | None:
+    return sliding_window if sliding_window is not None and sliding_window > 0 else None
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    """Whether a bool mask is the one expanded True of `fastgpt_mask`."""
+    return all(step == 0 or n == 1 for step, n in zip(mask.stride(), mask.shape, strict=True))
 
 
 def _documents(
@@ -359,6 +399,9 @@ def _why_eager(
         return "attention sinks (s_aux)"
     if head_mask is not None:
         return "head_mask"
+    for name in _own_keywords(type(module)):
+        if kwargs.get(name) is not None:
+            return f"{name}, which only the model's own attention knows"
     if value.shape[3] != query.shape[3]:
         return f"values of {value.shape[3]} elements under keys of {query.shape[3]}"
     return None
@@ -419,3 +462,17 @@ def _eager_of(cls: type) -> Callable[..., Any] | None:
         if run is not None:
             return run
     return None
+
+
+@_constant
+def _own_keywords(cls: type) -> tuple[str, ...]:
+    """The keywords of a model's eager attention that `fastgpt_attention` does not have."""
+    return _keywords_of(_eager_of(cls))
+
+
+@functools.cache
+def _keywords_of(run: Callable[..., Any] | None) -> tuple[str, ...]:
+    if run is None:
+        return ()
+    ours = {*inspect.signature(fastgpt_attention).parameters, "output_attentions"}
+    return tuple(name for name in inspect.signature(run).parameters if name not in ours)

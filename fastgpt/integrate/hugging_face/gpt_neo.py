@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 from fastgpt.integrate.hugging_face._own_scores import FusedScores, OwnScores
-from fastgpt.integrate.hugging_face.attention import Sight
+from fastgpt.integrate.hugging_face.attention import Sight, without_the_least
 
 
 class OwnGPTNeoSelfAttention(OwnScores, GPTNeoSelfAttention):
@@ -36,5 +36,7 @@ class FastGPTNeoSelfAttention(FusedScores, GPTNeoSelfAttention):
         """As any model's, and within the causal band whatever the mask says."""
         sight = super().sight(query, key, attention_mask)
         if sight.mask is not None:
-            sight = dataclasses.replace(sight, mask=None, bias=sight.additive(query, key))
+            added = sight.additive(query, key)
+            assert added is not None
+            sight = dataclasses.replace(sight, mask=None, bias=without_the_least(added))
         return dataclasses.replace(sight, causal=True, window=self.window, banded_mean=True)

@@ -2,9 +2,11 @@
 
 A causal mask, sliding or not, becomes what the attention of the same name reads:
 
-    None          every key up to each query's own is visible
     bool (b, n)   which of the first n keys may be seen; the others are not written yet (a static
                   cache), and the last query stands at key n - 1
+
+It says that the rule is causal: some models (CLIP's text, BigBird-Pegasus' decoder) mask causally
+but call their attention modules bidirectional. Where it hides nothing it is one expanded True.
 
 Everything else (prefix or block patterns, packed documents, bidirectional attention) becomes the
 bool (b, 1, q, kv) mask of transformers' own `sdpa_mask`, True = may be seen: always right, and
@@ -24,6 +26,9 @@ from torch import Tensor
 from transformers import masking_utils
 
 from fastgpt.dispatch import _constant
+
+SLICED = ("gemma4_text", "gemma4_unified_text", "pix2struct_text_model")
+"""Configurations of models that slice their masks, which must then be (b, 1, q, kv)."""
 
 
 def fastgpt_mask(
@@ -46,7 +51,8 @@ def fastgpt_mask(
     transformers 4 gives `cache_position (q_length,)`, transformers 5 `q_length` and `q_offset`.
 
     Returns:
-        None, bool (b, n) or bool (b, 1, q, kv), as the head of this file says.
+        bool (b, n) or bool (b, 1, q, kv), as the head of this file says; None only if transformers'
+        own function returns it.
     """
     positions: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset}
     if cache_position is not None:
@@ -65,7 +71,8 @@ def fastgpt_mask(
         **positions,
         **others,
     )
-    pattern = None if use_vmap else _pattern(mask_function)
+    model_type = getattr(others.get("config"), "model_type", None)
+    pattern = None if use_vmap or model_type in SLICED else _pattern(mask_function)
     if pattern is None:
         return exact()
     causal, window = pattern
@@ -76,7 +83,7 @@ def fastgpt_mask(
     if not allow_is_causal_skip and (cache_position is None or q_length == 1):
         # A static cache that is compiled, or a caller who goes on with the mask. But GPT-Neo, which
         # is not compiled, adds its window to it and must know where the queries stand.
-        if getattr(others.get("config"), "model_type", None) != "gpt_neo":
+        if model_type != "gpt_neo":
             return exact()
 
     last = _position_of_the_first_query(kv_length, kv_offset, q_length, q_offset, cache_position)
@@ -84,10 +91,10 @@ def fastgpt_mask(
         return exact()
     n = last + q_length - kv_offset
     padding = _padding(attention_mask, kv_offset, n)
-    if padding is None and n < kv_length:
-        device = others.get("device") if cache_position is None else cache_position.device
-        return torch.ones(batch_size, n, dtype=torch.bool, device=device)
-    return padding
+    if padding is not None:
+        return padding
+    device = others.get("device") if cache_position is None else cache_position.device
+    return torch.ones((), dtype=torch.bool, device=device).expand(batch_size, n)
 
 
 def _pattern(function: Callable[..., Any]) -> tuple[bool, int | None] | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import masking_utils, modeling_utils
 
 from fastgpt import functional as F
-from fastgpt.integrate.hugging_face.attention import NAME, WEIGHTS, fastgpt_attention
+from fastgpt.integrate.hugging_face.attention import CHOSEN_KEYS, NAME, WEIGHTS, fastgpt_attention
 from fastgpt.integrate.hugging_face.masks import fastgpt_mask
 from fastgpt.integrate.replace import Entry, Step, name_of, remember, swap, wrapped
 
@@ -175,9 +175,11 @@ def _attention_steps(root: torch.nn.Module, part: Part) -> Iterable[Step]:
         if "config" in m.__dict__ and "is_causal" in m.__dict__ and name not in tabled
     }
     act: Callable[[], object] | None = functools.partial(_set_implementation, root, part)
+    # All or none of them: our masks are not those that the model's own classes read.
+    why = next(filter(None, map(_why_not, tabled.values())), "")
     for name, module in tabled.items():
         ours = _our_class(_file_of(module))
-        was, why = name_of(type(module)), wrapped(module)
+        was = name_of(type(module))
         if isinstance(module, ours):
             yield Step(Entry(name, "attention", was, was, "it was already"))
         elif why:
@@ -185,20 +187,39 @@ def _attention_steps(root: torch.nn.Module, part: Part) -> Iterable[Step]:
         else:
             yield Step(Entry(name, "attention", was, name_of(ours)), _both(act, swap(module, ours)))
             act = None
-    settable = bool(reading) and model._can_set_attn_implementation()
+    unserved = _why_unserved(model, reading.values())
     for name, module in reading.items():
         cls = type(module).__name__
         was, now = f"{cls} ({before})", f"{cls} ({NAME})"
         if before == NAME:
             yield Step(Entry(name, "attention", was, was, "it was already"))
-        elif settable:
+        elif not unserved:
             yield Step(Entry(name, "attention", was, now), act)
             act = None
     attends = any("Attention" in type(m).__name__ for m in part.modules.values())
-    if attends and not tabled and not settable and before != NAME:
+    if attends and not tabled and unserved and before != NAME:
         was = f"{type(model).__name__} ({before})"
-        why = "its attention is neither on transformers' AttentionInterface nor known to fastgpt"
-        yield Step(Entry(part.name, "attention", was, None, why))
+        yield Step(Entry(part.name, "attention", was, None, unserved))
+
+
+def _why_unserved(model: Any, reading: Iterable[torch.nn.Module]) -> str:
+    """Why a model that reads its implementation's name must keep the one it has; "" if not."""
+    classes = {type(module) for module in reading}
+    if not classes or not model._can_set_attn_implementation():
+        return "its attention is neither on transformers' AttentionInterface nor known to fastgpt"
+    if not model._supports_sdpa:  # what it leaves to the function is then its eager function's
+        return "it says that it needs its own attention (_supports_sdpa is False)"
+    if any(f" {name}=" in _source_of(cls.forward) for cls in classes for name in CHOSEN_KEYS):
+        return "sparse attention, whose keys it chooses"
+    return ""
+
+
+def _why_not(module: torch.nn.Module) -> str:
+    """Why a module of a class of a table cannot be given ours; "" if it can."""
+    table = getattr(sys.modules[_file_of(module)], CLASS_TABLES[_file_of(module)][0])
+    if type(module) not in table.values():
+        return f"{name_of(type(module))} may have a forward of its own"
+    return wrapped(module)
 
 
 def _tabled_classes() -> tuple[type, ...]:
@@ -235,22 +256,24 @@ def _set_implementation(root: torch.nn.Module, part: Part) -> None:
             remember(module, "attn_implementation", NAME)
 
 
-_OWNED = "_fastgpt_owned"
+_OWNED = "_fastgpt_config"
+"""The attribute of a model that holds the configuration that `_own_configuration` made for it."""
 
 
 def _own_configuration(root: torch.nn.Module, config: Any) -> None:
     """Give all of `root` that reads `config` a copy of it, and of the configuration around it."""
     tops = [m.config for m in root.modules() if isinstance(m, modeling_utils.PreTrainedModel)]
     whole = next((top for top in tops if any(each is config for each in _all_of(top))), config)
-    if whole.__dict__.get(_OWNED):
+    if any(module.__dict__.get(_OWNED) is whole for module in root.modules()):
         return
     mine = copy.deepcopy(whole)
-    mine.__dict__[_OWNED] = True
     new = {id(old): fresh for old, fresh in zip(_all_of(whole), _all_of(mine), strict=True)}
     for module in root.modules():
         fresh = new.get(id(module.__dict__.get("config")))
         if fresh is not None:
             module.config = fresh
+            if fresh is mine:
+                module.__dict__[_OWNED] = mine
 
 
 def _all_of(config: Any) -> list[Any]:
