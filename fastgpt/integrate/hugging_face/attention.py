@@ -277,7 +277,7 @@ def read_mask(
             return Sight(False, None, sk, mask=attention_mask)
         hidden = torch.finfo(position_bias.dtype).min
         bias = torch.where(attention_mask, position_bias, hidden)
-        return Sight(False, None, sk, bias=without_the_least(bias))
+        return Sight(False, None, sk, bias=without_the_least(bias, query))
     seen = _as_bool(attention_mask) if position_bias is None else None
     if seen is not None:
         if seen.shape[1] == 1 and seen.shape[2] == 1:
@@ -285,17 +285,17 @@ def read_mask(
         return Sight(False, None, sk, mask=seen)
     if position_bias is not None:
         attention_mask = attention_mask + position_bias
-    return Sight(False, None, sk, bias=without_the_least(attention_mask))
+    return Sight(False, None, sk, bias=without_the_least(attention_mask, query))
 
 
-def without_the_least(bias: Tensor) -> Tensor:
+def without_the_least(bias: Tensor, query: Tensor) -> Tensor:
     """A bias whose lowest finite values are half the least of its dtype.
 
     The kernels take exponentials of base 2. The least float times log2(e) is -inf, and a query that
     sees no key would get 0, as of -inf; eager attention makes its softmax uniform. Not where a
     gradient is asked for: it comes from the log-sum-exp, which loses log(n) beside such a number.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and query.requires_grad:
         return bias
     half = torch.finfo(bias.dtype).min / 2
     return bias.masked_fill((bias < half) & ~bias.isneginf(), half)

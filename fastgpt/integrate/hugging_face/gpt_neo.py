@@ -38,5 +38,5 @@ class FastGPTNeoSelfAttention(FusedScores, GPTNeoSelfAttention):
         if sight.mask is not None:
             added = sight.additive(query, key)
             assert added is not None
-            sight = dataclasses.replace(sight, mask=None, bias=without_the_least(added))
+            sight = dataclasses.replace(sight, mask=None, bias=without_the_least(added, query))
         return dataclasses.replace(sight, causal=True, window=self.window, banded_mean=True)
