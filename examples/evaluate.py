@@ -15,6 +15,7 @@ with needs("transformers", "lm_eval", "datasets"):
     import lm_eval
     import torch
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastgpt
@@ -91,6 +92,7 @@ def evaluate(model, tokenizer, tasks: list[dict], args: argparse.Namespace) -> d
         ),
         tasks=[dict(task) for task in tasks],
         bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),  # thousands of tasks are read otherwise
     )
     return {
         task: {
