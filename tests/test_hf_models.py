@@ -186,6 +186,20 @@ def test_cross_attention() -> None:
         hold_to_the_rule(replaced(own), own, inputs)
 
 
+def test_what_is_hidden_from_a_whole_row_stays_hidden() -> None:
+    """Not even a row of an encoder that is nothing but padding is read."""
+    model = replaced(cross_attending_gpt2())
+    states = torch.randn(B, 7, 48)
+    visible = torch.ones(B, 7, dtype=torch.long)
+    visible[0, 4:] = 0
+    visible[1] = 0
+    inputs = {**batch("right"), "encoder_attention_mask": visible}
+    with torch.no_grad():
+        want = model(**inputs, encoder_hidden_states=states).logits
+        states[visible == 0] = 1e6
+        assert torch.equal(model(**inputs, encoder_hidden_states=states).logits, want)
+
+
 def test_two_lengths_of_bert_attend_to_one_another() -> None:
     """An encoder-decoder of two BERTs, each with a configuration of its own."""
     torch.manual_seed(0)

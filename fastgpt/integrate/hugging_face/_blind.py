@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 
-def blind_queries(padding: Tensor, sq: int, causal: bool, window: int | None) -> Tensor:
-    """Which of the last sq queries of (b, n) keys see none of them: bool (b, sq), or (b, 1)."""
-    if not causal:
-        return ~padding.any(-1, keepdim=True)
+def blind_queries(padding: Tensor, sq: int, window: int | None) -> Tensor:
+    """Which of the last sq queries of (b, n) keys see none of them, causally: bool (b, sq)."""
     n = padding.shape[1]
     seen = padding.cumsum(-1)
     if window is not None:

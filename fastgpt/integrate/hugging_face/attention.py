@@ -91,10 +91,17 @@ class Sight:
     def _blind(self, q: Tensor) -> Tensor | None:
         """Which of the first r queries see no key, bool (b, h|1, r); None where all see one.
 
-        Kept with the mask, which all layers share: on a GPU this waits, once a pass.
+        Only where each query has a rule of its own: keys that are hidden from all of them, as a row
+        of an encoder that is nothing but padding, stay hidden. Kept with the mask, which all layers
+        share: on a GPU this waits, once a pass.
         """
-        mask = self.padding if self.mask is None else self.mask
-        if mask is None or (self.mask is not None and not _readable(self.mask)):
+        if self.mask is not None:
+            mask = _unexpanded(self.mask)
+            if mask.shape[2] == 1 or not _readable(mask):
+                return None
+        elif self.padding is not None and self.causal:
+            mask = self.padding
+        else:
             return None
         if torch.compiler.is_compiling():
             return self._all_blind(q)
@@ -111,10 +118,10 @@ class Sight:
         """Which queries see no key, bool (b, h|1, sq)."""
         b, _, sq, _ = q.shape
         if self.mask is not None:
-            blind = ~_unexpanded(self.mask).any(-1)
+            blind = ~self.mask.any(-1)
         else:
             assert self.padding is not None
-            blind = blind_queries(self.padding, sq, self.causal, self.window)[:, None]
+            blind = blind_queries(self.padding, sq, self.window)[:, None]
         return blind.expand(b, -1, sq)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
@@ -280,7 +287,7 @@ def read_mask(
         return Sight(False, None, sk, bias=without_the_least(bias, query))
     seen = _as_bool(attention_mask) if position_bias is None else None
     if seen is not None:
-        if seen.shape[1] == 1 and seen.shape[2] == 1:
+        if seen.shape[1] == 1 and torch.equal(seen, seen[:, :, :1].expand_as(seen)):
             return Sight(False, None, sk, padding=seen[:, 0, 0].expand(key.shape[0], sk))
         return Sight(False, None, sk, mask=seen)
     if position_bias is not None:
