@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,3 +183,12 @@ def test_the_configuration_that_is_saved_is_the_models(tmp_path: Any) -> None:
     before = second.config._attn_implementation
     fastgpt.replace_layers(first)
     assert second.config._attn_implementation == before
+
+
+def test_a_transformers_that_is_too_old_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = build("gpt2")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.46.3")
+    with pytest.warns(UserWarning, match=r"transformers 4\.46\.3 stays their own"):
+        report = fastgpt.replace_layers(own)
+    assert {entry.kind for entry in report} == {"layer_norm"}
+    assert own.config._attn_implementation == "eager"

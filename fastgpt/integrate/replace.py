@@ -237,7 +237,9 @@ def _near_misses(name: str, module: torch.nn.Module, kinds: Sequence[str]) -> It
 
 def _hugging_face_steps(model: torch.nn.Module, kinds: Sequence[str]) -> Iterable[Step]:
     """Those of transformers' models, which there can only be where it is imported."""
-    if "transformers.modeling_utils" not in sys.modules:
+    from fastgpt.integrate import hugging_face
+
+    if "transformers.modeling_utils" not in sys.modules or not hugging_face.served():
         return ()
     from fastgpt.integrate.hugging_face import models
 
