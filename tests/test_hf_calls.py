@@ -192,3 +192,18 @@ def test_a_transformers_that_is_too_old_is_left_alone(monkeypatch: pytest.Monkey
         report = fastgpt.replace_layers(own)
     assert {entry.kind for entry in report} == {"layer_norm"}
     assert own.config._attn_implementation == "eager"
+
+
+def test_a_convolution_that_gets_the_mask_of_attention() -> None:
+    config = hf.Lfm2Config(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2,
+        num_attention_heads=HEADS, num_key_value_heads=2, layer_types=["full_attention", "conv"],
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    own = hf.Lfm2ForCausalLM(config).eval()
+    model = copy.deepcopy(own)
+    assert fastgpt.replace_layers(model, kinds=("attention",)).replaced
+    ids = torch.randint(3, VOCAB, (B, S))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), own.generate(ids, **options))

@@ -27,8 +27,9 @@ from transformers import masking_utils
 
 from fastgpt.dispatch import _constant
 
-SLICED = ("gemma4_text", "gemma4_unified_text", "pix2struct_text_model")
-"""Configurations of models that slice their masks, which must then be (b, 1, q, kv)."""
+SLICED = ("gemma4_text", "gemma4_unified_text", "lfm2", "pix2struct_text_model")
+"""Configurations of models that slice their masks, which must then be (b, 1, q, kv), or that give
+them to layers without attention (LFM2 of transformers 4, to its convolutions)."""
 
 
 def fastgpt_mask(
