@@ -106,7 +106,7 @@ class Sight:
         if torch.compiler.is_compiling():
             return self._all_blind(q)
         kept = mask.__dict__.setdefault("_fastgpt_blind", {})
-        key = (q.shape[2], self.causal, self.window)
+        key = (q.shape[2], self.causal, self.window, mask._version)
         if key not in kept:
             blind = self._all_blind(q)
             found = blind.any(0).any(0).nonzero()
