@@ -1,4 +1,9 @@
-"""The fused ops as functions, under torch's own names where torch has the op."""
+"""The fused ops as functions, under torch's own names where torch has the op.
+
+`torch.fx` records a call of `functional.layer_norm`, say, as one node, and does not look inside.
+"""
+
+import torch.fx
 
 from fastgpt.ops.attention import attention
 from fastgpt.ops.bias_gelu import bias_gelu
@@ -24,3 +29,6 @@ __all__ = [
     "softmax",
     "varlen_attention",
 ]
+
+for _name in __all__:
+    torch.fx.wrap(_name)

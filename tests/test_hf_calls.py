@@ -110,6 +110,31 @@ def test_a_query_that_a_bias_lets_see_no_key_averages_all() -> None:
     torch.testing.assert_close(got[:, 2], v.mean(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_keys_that_are_hidden_from_a_whole_row_never_leak(dtype: torch.dtype) -> None:
+    """A row of an encoder without tokens, say."""
+    q, k, v = qkv()
+    k[0], v[0] = float("nan"), float("nan")
+    mask = torch.ones(B, 1, 1, S, dtype=torch.bool)
+    mask[0] = False
+    if dtype != torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, LEAST)
+    for given in (mask, mask.expand(B, 1, S, S)):
+        got, _ = fastgpt_attention(Attention(), q, k, v, given)
+        assert torch.equal(got[0], torch.zeros(S, H, D))
+        want, _ = eager_attention_forward(Attention(), q[1:], k[1:], v[1:], None)
+        torch.testing.assert_close(got[1:], want)
+
+
+def test_a_mask_that_changed_is_read_again() -> None:
+    q, k, v = qkv()
+    mask = torch.ones(S, S, dtype=torch.bool).tril().expand(B, 1, S, S).clone()
+    for hidden in (0, 3):
+        mask[:, :, :hidden] = False
+        got, _ = fastgpt_attention(Attention(), q, k, v, mask)
+        torch.testing.assert_close(got[:, :hidden], v.mean(2)[:, None].expand_as(got[:, :hidden]))
+
+
 def test_a_position_bias_over_a_cache_that_is_not_full() -> None:
     q, k, v = qkv(sk=S + 4)
     k[:, :, S:], v[:, :, S:] = float("nan"), float("nan")

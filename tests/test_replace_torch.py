@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastgpt
+from fastgpt import functional as F
 from fastgpt import nn
 from fastgpt.integrate import torch_nn
 
@@ -256,3 +257,13 @@ def test_compiled() -> None:
 def test_wrong_arguments(call: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+def test_torch_fx_records_one_node_of_each_op() -> None:
+    own = torch.nn.Sequential(torch.nn.Linear(E, E), torch.nn.LayerNorm(E), torch.nn.Softmax(-1))
+    model = replaced(own)
+    traced = torch.fx.symbolic_trace(model)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called == [F.layer_norm, F.softmax]
+    x = torch.randn(N, S, E)
+    assert torch.equal(traced(x), model(x))

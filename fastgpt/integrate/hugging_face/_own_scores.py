@@ -4,21 +4,50 @@ transformers moved it to AttentionInterface."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 
-from fastgpt.integrate.hugging_face.attention import Sight, fall_back, read_mask
+from fastgpt.integrate.hugging_face.attention import fall_back, read_mask, without_the_least
+
+
+@torch.fx.wrap
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scale: float,
+    window: int | None,
+    dropout: float,
+    banded: bool,
+) -> Tensor:
+    """(b, h, sq, d) of causal attention, stored as (b, sq, h, d); one node of a `torch.fx` graph.
+
+    `banded`: the causal band holds within every mask, as where a model applies it by a `where`.
+    """
+    sight = read_mask(None, query, key, attention_mask, True, window)
+    if banded:
+        if sight.mask is not None:
+            added = sight.additive(query, key)
+            assert added is not None
+            sight = dataclasses.replace(sight, mask=None, bias=without_the_least(added, query))
+        sight = dataclasses.replace(sight, causal=True, window=window, banded_mean=True)
+    return sight.attend(query, key, value, scale, dropout)
 
 
 class FusedScores(torch.nn.Module):
     """A mixin before the model's class: its `_attn` on the fused kernels, all else as it is.
 
-    Class attribute `own` is the class that `forward` becomes for calls that need the weights.
+    Class attributes: `own` is the class that `forward` becomes for calls that need the weights;
+    `banded` is as in `attend`.
     """
 
     own: type
+    banded = False
     config: Any
     attn_dropout: Any
 
@@ -56,12 +85,8 @@ class FusedScores(torch.nn.Module):
     ) -> tuple[Tensor, None]:
         """(b, h, sq, d), stored as (b, sq, h, d), and no weights."""
         dropout = self.attn_dropout.p if self.training else 0.0
-        sight = self.sight(query, key, attention_mask)
-        return sight.attend(query, key, value, self.scale, dropout), None
-
-    def sight(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Sight:
-        """What the queries may see."""
-        return read_mask(self, query, key, attention_mask, None, self.window)
+        args = (self.scale, self.window, dropout, self.banded)
+        return attend(query, key, value, attention_mask, *args), None
 
 
 class OwnScores(torch.nn.Module):

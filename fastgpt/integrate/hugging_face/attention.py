@@ -236,7 +236,7 @@ def fastgpt_attention(
 
 
 def read_mask(
-    module: torch.nn.Module,
+    module: torch.nn.Module | None,
     query: Tensor,
     key: Tensor,
     attention_mask: Tensor | None,
@@ -245,6 +245,8 @@ def read_mask(
     position_bias: Tensor | None = None,
 ) -> Sight:
     """What a call may see, from the mask that it got and from what the module says of itself.
+
+    module: None where is_causal is given.
 
     Raises:
         ValueError: a mask of a shape other than (b, n) with n <= sk, or (b, h, sq, sk).
@@ -309,7 +311,10 @@ def without_the_least(bias: Tensor, query: Tensor) -> Tensor:
 
 
 def _rule(
-    module: torch.nn.Module, query: Tensor, is_causal: bool | None, sliding_window: int | None
+    module: torch.nn.Module | None,
+    query: Tensor,
+    is_causal: bool | None,
+    sliding_window: int | None,
 ) -> tuple[bool, int | None]:
     """(causal, window) of a call, from its own arguments or what the module is."""
     if is_causal is None:

@@ -5,13 +5,9 @@ The window is kept at any length, which transformers' flash attention path of GP
 
 from __future__ import annotations
 
-import dataclasses
-
-from torch import Tensor
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 from fastgpt.integrate.hugging_face._own_scores import FusedScores, OwnScores
-from fastgpt.integrate.hugging_face.attention import Sight, without_the_least
 
 
 class OwnGPTNeoSelfAttention(OwnScores, GPTNeoSelfAttention):
@@ -22,6 +18,7 @@ class FastGPTNeoSelfAttention(FusedScores, GPTNeoSelfAttention):
     """GPT-Neo's attention on the fused kernels, banded in its local layers."""
 
     own = OwnGPTNeoSelfAttention
+    banded = True
 
     @property
     def scale(self) -> float:
@@ -31,12 +28,3 @@ class FastGPTNeoSelfAttention(FusedScores, GPTNeoSelfAttention):
     def window(self) -> int | None:
         local = self.config.attention_layers[self.layer_id] == "local"
         return int(self.config.window_size) if local else None
-
-    def sight(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Sight:
-        """As any model's, and within the causal band whatever the mask says."""
-        sight = super().sight(query, key, attention_mask)
-        if sight.mask is not None:
-            added = sight.additive(query, key)
-            assert added is not None
-            sight = dataclasses.replace(sight, mask=None, bias=without_the_least(added, query))
-        return dataclasses.replace(sight, causal=True, window=self.window, banded_mean=True)
