@@ -72,7 +72,9 @@ def attention(
         key_padding_mask: (b, sk) bool, True where a key may be seen; any pattern.
         bias: added to the scaled scores; a float dtype, broadcasting to (b, h, sq, sk); -inf
             hides. Differentiable; pass it unexpanded, and its gradient is summed over the
-            broadcast axes in a fixed order.
+            broadcast axes in a fixed order. A finite number as low as -1e7 on *every* key of a
+            query leaves no digits of its log-sum-exp for the scores: the output is right, its
+            gradient is not.
         alibi_slopes: (h,) or (b, h) float; adds `-slope * |i' - j|` to the scores. No gradient.
         dropout_p: probability in [0, 1) of dropping an attention weight (Philox-4x32-10 of the
             seed, row and column: the same mask on every backend).

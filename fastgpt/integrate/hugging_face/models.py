@@ -78,7 +78,10 @@ def adapt(file: ModuleType) -> None:
     if name in KEEP_THE_QUESTION:
         _hand_on_the_question(getattr(file, KEEP_THE_QUESTION[name]))
     if name in BUILD_THEIR_MASK:
-        _build_small_masks(getattr(file, BUILD_THEIR_MASK[name]))
+        cls = getattr(file, BUILD_THEIR_MASK[name])
+        _build_small_masks(cls)
+        if name.endswith("gpt_neo"):
+            _keep_the_padding(cls)
 
 
 def _our_class(file: str) -> type[torch.nn.Module]:
@@ -121,9 +124,15 @@ def _build_small_masks(cls: Any) -> None:
         )
 
     cls._update_causal_mask = build_small
-    # With a static cache, generate makes the mask ahead of the model: but the (b, 1, q, kv) mask of
-    # this function does not say where the queries stand, and a window must know.
-    prepare = cls._prepare_4d_causal_attention_mask_with_cache_position
+
+
+def _keep_the_padding(cls: Any) -> None:
+    """With a static cache, generate of transformers 4 makes the mask ahead of the model: but the
+    (b, 1, q, kv) mask of this function does not say where the queries stand, as a window must know.
+    """
+    prepare = getattr(cls, "_prepare_4d_causal_attention_mask_with_cache_position", None)
+    if prepare is None:
+        return
 
     @functools.wraps(prepare)
     def prepare_small(self: Any, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
