@@ -1,11 +1,12 @@
 """Tokens per second of whole models, before and after `fastgpt.replace_layers`.
 
-    python -m benchmarks.whole_models                 every model here, in a few minutes
+    python -m benchmarks.whole_models                 every model here, in a quarter of an hour
     python -m benchmarks.whole_models --only neo      some, by a regular expression
 
 "Before" is the model as transformers builds it (SDPA where it has it, eager for GPT-Neo), "after"
-the same model with its layers replaced, in turn in one process; the median of several. A training
-step is forward, backward and AdamW; generation is greedy, through the model's own cache.
+the same model with its layers replaced, in turn in one process; tokens per second are of the median
+time, the ratio is the median of those of the rounds. A training step is forward, backward and AdamW;
+generation is greedy, through the model's own cache.
 """
 
 from __future__ import annotations
@@ -41,15 +42,22 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Tokens per second before and after, and how many times faster a round was."""
+
+    before: float
+    after: float
+    ratio: float
+
+
+@dataclass(frozen=True)
 class Row:
-    """What was measured of one model: tokens per second."""
+    """What was measured of one model."""
 
     model: str
     attention_before: str
-    train_before: float
-    train_after: float
-    generate_before: float | None = None
-    generate_after: float | None = None
+    train: Pair
+    generate: Pair | None
 
 
 def _base(**names: str) -> dict[str, Any]:
@@ -127,7 +135,7 @@ def measure(spec: Model, rounds: int) -> Row:
         exactly = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
         model.generate(prompt, do_sample=False, **options, **exactly)
 
-    found: dict[str, list[float]] = {}
+    found: dict[str, Pair] = {}
     steps = {"train": train, **({"generate": generate} if spec.generates else {})}
     for name, step in steps.items():
         times: list[list[float]] = [[], []]
@@ -143,28 +151,27 @@ def measure(spec: Model, rounds: int) -> Row:
                 if i:
                     times[after].append(taken)
         tokens = spec.batch * spec.length if name == "train" else NEW_TOKENS
-        found[name] = [tokens / statistics.median(taken) for taken in times]
-    return Row(spec.name, before, *found["train"], *found.get("generate", ()))
+        rates = [tokens / statistics.median(taken) for taken in times]
+        ratios = [own / ours for own, ours in zip(*times, strict=True)]
+        found[name] = Pair(*rates, statistics.median(ratios))
+    return Row(spec.name, before, found["train"], found.get("generate"))
 
 
 def line(row: Row) -> str:
     """One row of the table."""
 
-    def pair(before: float | None, after: float | None) -> str:
-        if before is None or after is None:
-            return f"{'':>9s}{'':>9s}{'':>8s}"
-        return f"{before:9.1f}{after:9.1f}{after / before:7.2f}x"
+    def columns(pair: Pair | None) -> str:
+        if pair is None:
+            return ""
+        return f"{pair.before:9.1f}{pair.after:9.1f}{pair.ratio:7.2f}x"
 
-    train = pair(row.train_before, row.train_after)
-    return f"{row.model:<22s}{row.attention_before:<8s}{train}" + pair(
-        row.generate_before, row.generate_after
-    )
+    return f"{row.model:<22s}{row.attention_before:<8s}{columns(row.train)}{columns(row.generate)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="a regular expression on the name of the model")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     hf.logging.set_verbosity_error()
     print(f"{machine.name_of(CPU)}, torch {torch.__version__}, transformers {hf.__version__}")
