@@ -4,8 +4,8 @@
     python -m benchmarks.whole_models --only neo      some, by a regular expression
 
 "Before" is the model as transformers builds it (SDPA where it has it, eager for GPT-Neo), "after"
-the same model with its layers replaced, in turn in one process; tokens per second are of the median
-time, the ratio is the median of those of the rounds. A training step is forward, backward and AdamW;
+the same model with its layers replaced, in turn in one process. Tokens per second are of the median
+time, the ratio is the median of the rounds'. A training step is forward, backward and AdamW;
 generation is greedy, through the model's own cache.
 """
 
