@@ -382,3 +382,18 @@ def test_a_run_of_pytest_writes_such_a_file(tmp_path: Path) -> None:
     assert str(ROOT) not in text
     known = {"device", "threads", "fastgpt", "torch", "copy_gb_per_s", "matmul_tflop_per_s"}
     assert set(measured) == known  # and no name of the host
+
+
+def test_a_whole_model_is_measured_before_and_after() -> None:
+    pytest.importorskip("transformers")
+    from benchmarks import whole_models
+    from tests.hf_models import build
+
+    spec = whole_models.Model("GPT-2", lambda: build("gpt2"), batch=1, length=24)
+    row = whole_models.measure(spec, rounds=1)
+    assert row.generate is not None
+    for pair in (row.train, row.generate):
+        assert pair.ratio == pytest.approx(pair.after / pair.before)
+    first, *rest = whole_models.line(row).split()
+    assert first == "GPT-2"
+    assert len(rest) == 7

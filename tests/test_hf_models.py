@@ -161,6 +161,28 @@ def test_greedy_generation(family: str, padding: str, cache: str) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gptj", "opt", "llama"])
+def test_the_steps_of_a_static_cache_are_alike(family: str) -> None:
+    """So that one compiled program serves them all."""
+    model = replaced(build(family))
+    seen = []
+
+    def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs["attention_mask"]
+        seen.append((tuple(kwargs["input_ids"].shape), tuple(mask.shape), mask.dtype))
+
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    inputs = batch("left", s=10)
+    del inputs["labels"]
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"cache_implementation": "static", "disable_compile": True}
+    model.generate(**inputs, **options)
+    prefill, *steps = seen
+    assert len(steps) == 3
+    assert len(set(steps)) == 1
+    assert prefill != steps[0]
+
+
 def test_beams_and_a_prompt_in_two_parts() -> None:
     own = build("gpt_neo")
     model = replaced(own)
