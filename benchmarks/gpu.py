@@ -43,11 +43,17 @@ def run(
     command: Sequence[str], log: Path, seconds: float, environment: Mapping[str, str] | None = None
 ) -> int:
     """Run a command, show its output and add it to `log`; after `seconds` it is interrupted."""
+
+    def heed_interrupts() -> None:
+        # What a script starts in its background ignores them, and hands that on.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with (
         log.open("a") as file,
         subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **(environment or {})}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=heed_interrupts,
         ) as process,
     ):  # fmt: skip
         late = threading.Event()

@@ -306,10 +306,10 @@ class MLP(torch.nn.Module):
             ValueError: x is not (b, s, n_embd).
         """
         check_hidden(x, self.n_embd)
-        if type(self.c_fc) is torch.nn.Linear:
+        if type(self.c_fc) is torch.nn.Linear and not _is_watched(self.c_fc):
             hidden = torch_functional.linear(x, self.c_fc.weight)
             hidden = F.bias_gelu(hidden, self.c_fc.bias, self.approximate)
-        else:  # wrapped by somebody else, as LoRA does
+        else:  # wrapped by somebody else, as LoRA does, or watched
             hidden = F.bias_gelu(self.c_fc(x), None, self.approximate)
         return self.dropout(self.c_proj(hidden))
 
@@ -336,17 +336,32 @@ class DecoderBlock(torch.nn.Module):
         """(b, s, n_embd) to (b, s, n_embd); arguments and errors as `CausalSelfAttention`."""
         if self.post_norm:
             attended = self.attn(x, attention_mask, cache)
-            x, _ = _add_norm(attended, x, self.ln_1)
-            y, _ = _add_norm(self.mlp(x), x, self.ln_2)
+            x, _ = add_norm(attended, x, self.ln_1)
+            y, _ = add_norm(self.mlp(x), x, self.ln_2)
             return y
         check_hidden(x, self.attn.n_embd)
         attended = self.attn(self.ln_1(x), attention_mask, cache)
-        y, x = _add_norm(attended, x, self.ln_2)
+        y, x = add_norm(attended, x, self.ln_2)
         return x + self.mlp(y)
 
 
-def _add_norm(x: Tensor, residual: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, residual: Tensor, norm: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual), x + residual), in one pass where nobody watches or wraps the norm."""
+    if type(norm) is not LayerNorm or _is_watched(norm):
+        s = x + residual
+        return norm(s), s
     return F.add_layer_norm(x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _is_watched(module: torch.nn.Module) -> bool:
+    """Whether calling the module does more than its forward: hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def check_hidden(x: Tensor, n_embd: int, *, name: str = "x") -> None:

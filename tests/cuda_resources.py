@@ -74,14 +74,14 @@ def missing() -> str | None:
     return None if shutil.which("c++filt") else "c++filt is not installed (binutils)"
 
 
-def _lines(option: str, files: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """(architecture, line) of what cuobjdump prints, which can be a hundred megabytes."""
+def _lines(files: Sequence[Path], *options: str) -> Iterator[tuple[str, str]]:
+    """(architecture, line) of what cuobjdump prints, which can be hundreds of megabytes."""
     for file in files or (native.OP_LIBRARY,):
-        yield from _lines_of(option, file)
+        yield from _lines_of(file, *options)
 
 
-def _lines_of(option: str, file: Path) -> Iterator[tuple[str, str]]:
-    command = [str(cuobjdump()), option, str(file)]
+def _lines_of(file: Path, *options: str) -> Iterator[tuple[str, str]]:
+    command = [str(cuobjdump()), *options, str(file)]
     arch = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -108,7 +108,7 @@ def kernels(*files: Path) -> list[Kernel]:
     """Every kernel of the files, or of the op library, once for each architecture it is for."""
     found: dict[tuple[str, str], dict[str, int]] = {}
     symbol = ""
-    for arch, line in _lines("--dump-resource-usage", files):
+    for arch, line in _lines(files, "--dump-resource-usage"):
         if heading := re.match(r" *Function (\w+):", line):
             symbol = heading[1]
         elif "REG:" in line:
@@ -135,14 +135,17 @@ def _source(symbol: str) -> str:
     return found[1] if found else ""
 
 
-def instructions(*files: Path) -> dict[tuple[str, str], Counter[str]]:
-    """(architecture, symbol) -> how often each instruction stands in the kernel."""
-    found: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+def instructions(arch: str, *files: Path) -> dict[str, Counter[str]]:
+    """symbol -> how often each instruction stands in the kernel for an architecture, as sm_90.
+
+    To disassemble the op library takes half a minute for each.
+    """
+    found: dict[str, Counter[str]] = defaultdict(Counter)
     symbol = ""
     statement = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ +)?([A-Z][\w.]*)")
-    for arch, line in _lines("-sass", files):
+    for _, line in _lines(files, "-arch", arch, "-sass"):
         if code := statement.match(line):
-            found[arch, symbol][code[1]] += 1
+            found[symbol][code[1]] += 1
         elif "Function : " in line:
             symbol = line.partition("Function : ")[2].strip()
     return found

@@ -329,6 +329,17 @@ def test_vmap_raises(op: str, grad: bool) -> None:
 
 
 @pytest.mark.parametrize("op", VMAP)
+def test_torch_func_is_told_where_it_works(op: str) -> None:
+    skip_unless_runs(op, "cpu")
+    gradient = torch.func.grad(lambda x: VMAP[op](x).square().sum())
+    x = torch.randn(2, 5, 8)
+    with fastgpt.backend("cpu"), pytest.raises(RuntimeError, match=f'^{op}: .*"reference"'):
+        gradient(x)
+    with fastgpt.backend("reference"):
+        assert gradient(x).isfinite().all()
+
+
+@pytest.mark.parametrize("op", VMAP)
 def test_forward_mode_differentiation_raises(op: str) -> None:
     """The kernels have no tangent: dropping it silently would be a wrong derivative."""
     skip_unless_runs(op, "cpu")

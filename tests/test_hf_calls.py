@@ -232,3 +232,13 @@ def test_a_convolution_that_gets_the_mask_of_attention() -> None:
     ids = torch.randint(3, VOCAB, (B, S))
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), own.generate(ids, **options))
+
+
+def test_attention_taken_out_of_its_model_is_reported() -> None:
+    for part in (build("gpt_neo").transformer.h[1].attn, build("gpt2").transformer.h):
+        report = fastgpt.replace_layers(part, kinds=("attention",))
+        assert report.left
+        assert not report.replaced
+        assert {entry.why for entry in report} == {
+            "the model that makes its masks is not here: replace its layers instead"
+        }

@@ -189,6 +189,15 @@ def test_compiles_into_one_graph(padded: bool) -> None:
     torch.testing.assert_close(got.loss, want.loss)
 
 
+def test_compiles_into_one_graph_with_its_cache() -> None:
+    wrapper = wrapped(gpt())
+    with torch.no_grad():
+        got = torch.compile(wrapper, backend="eager", fullgraph=True)(ids())
+        want = wrapper(ids())
+        assert got[CACHE].get_seq_length() == ids().shape[1]
+    torch.testing.assert_close(got.logits, want.logits)
+
+
 def test_initialised_as_gpt2() -> None:
     config = fastgpt.FastGPTConfig.from_gpt_config(
         GPTConfig(vocab_size=300, n_positions=64, n_layer=8, n_embd=128, n_head=4), num_labels=50

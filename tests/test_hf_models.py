@@ -31,6 +31,8 @@ from tests.hf_models import (
 
 EPS = torch.finfo(torch.float32).eps
 B, S = 3, 5 * WINDOW
+NEAR: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
+"""For tests of whether the same is computed at all; others hold it to the rule."""
 
 
 def batch(padding: str, b: int = B, s: int = S) -> dict[str, Tensor]:
@@ -307,18 +309,35 @@ def test_gradient_checkpointing(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mistral"])
+@pytest.mark.parametrize("family", ["gpt_neo", "mistral"])
 def test_compiled(family: str) -> None:
     own = build(family)
-    compiled = torch.compile(replaced(own), backend="aot_eager", dynamic=True)
-    for padding in ("none", "right"):
-        inputs = {**batch(padding), "use_cache": False}
-        with torch.no_grad():
-            want = own(**inputs)
-        got = compiled(**inputs)
-        seen = inputs.get("attention_mask", torch.ones(B, S)).bool()
-        torch.testing.assert_close(got.logits[seen], want.logits[seen])
-        torch.testing.assert_close(got.loss, want.loss)
+    model = replaced(own)
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    inputs = batch("left")
+    out = compiled(**inputs, use_cache=False)
+    out.loss.backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    want = results(own, inputs)
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(out.logits[seen].double(), want.pop("logits"), **NEAR)
+    torch.testing.assert_close(out.loss.double(), want.pop("loss"), **NEAR)
+    for name, gradient in want.items():
+        mine = got[name.removeprefix("gradient of ")].double()
+        torch.testing.assert_close(mine, gradient, **NEAR)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", ["gpt_neo", "mistral", "opt"])
+def test_inference_mode(family: str, padding: str) -> None:
+    own = build(family)
+    inputs = batch(padding)
+    seen = inputs["attention_mask"].bool()
+    with torch.inference_mode():
+        given = {name: x.clone() for name, x in inputs.items()}
+        got, want = replaced(own)(**given), own(**given)
+    torch.testing.assert_close(got.logits[seen], want.logits[seen], **NEAR)
+    torch.testing.assert_close(got.loss, want.loss, **NEAR)
 
 
 def test_dropout_is_that_of_training() -> None:

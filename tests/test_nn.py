@@ -382,3 +382,19 @@ def test_block_survives_deepcopy_and_pickle():
     block, x = nn.DecoderBlock(CONFIG, 1), torch.randn(2, 9, 24)
     for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert torch.equal(twin(x), block(x))
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_hooks_of_every_layer_are_called(norm: str) -> None:
+    """Also of those whose work is fused into another's."""
+    block = nn.DecoderBlock(GPTConfig(**{**CONFIG.to_dict(), "norm": norm}), 0).eval()
+    x = torch.randn(2, 5, block.attn.n_embd)
+    want = block(x)
+    called = []
+    for name, module in block.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+    torch.testing.assert_close(block(x), want)
+    assert {"ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"} <= set(called)
+    block.ln_2.register_forward_hook(lambda module, args, out: 0 * out)
+    assert not torch.equal(block(x), want)

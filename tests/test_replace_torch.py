@@ -267,3 +267,40 @@ def test_torch_fx_records_one_node_of_each_op() -> None:
     assert called == [F.layer_norm, F.softmax]
     x = torch.randn(N, S, E)
     assert torch.equal(traced(x), model(x))
+
+
+def test_what_subclassed_a_replaced_module_survives_the_restore() -> None:
+    """A parametrization gives the module a class of its own, over ours."""
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    own = torch.nn.Sequential(torch.nn.LayerNorm(E))
+    model = replaced(own)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", Twice())
+    x = torch.randn(N, E)
+    want = own(x) * 2
+    torch.testing.assert_close(model(x), want)
+    assert fastgpt.restore_layers(model) == 1
+    assert isinstance(model[0], torch.nn.LayerNorm)
+    assert not isinstance(model[0], nn.LayerNorm)
+    torch.testing.assert_close(model(x), want)
+    torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight", leave_parametrized=False)
+    assert type(model[0]) is torch.nn.LayerNorm
+    assert torch.equal(model(x), own(x))
+
+
+def test_kinds_from_an_iterator() -> None:
+    model = torch.nn.Sequential(torch.nn.LayerNorm(E), torch.nn.Softmax(-1))
+    assert len(fastgpt.replace_layers(model, kinds=iter(["softmax"])).replaced) == 1
+    with pytest.raises(TypeError, match=r"^kinds: expected a tuple of names, got None"):
+        fastgpt.replace_layers(model, kinds=None)
+
+
+def test_a_decoder_of_ours_has_nothing_to_replace() -> None:
+    config = fastgpt.GPTConfig(vocab_size=11, n_positions=8, n_layer=1, n_embd=8, n_head=2)
+    report = fastgpt.replace_layers(fastgpt.GPT(config), strict=True)
+    assert {(e.module, e.why) for e in report if e.kind == "attention"} == {
+        ("h.0.attn", "it was already")
+    }

@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 WRITTEN_IN_PLACE = {"decode_attention": ("g_k_cache", "g_v_cache")}
 
 
-@pytest.fixture(scope="module")
 def traced() -> dict[str, Any]:
     """What tests/triton_trace.py saw of all ops, in a process without Triton's interpreter."""
     own = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
@@ -45,26 +44,21 @@ def traced() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_launches_are_in_the_graph_and_ten_lengths_cost_two(traced, op: str) -> None:
+def test_launches_are_in_the_graph_and_ten_lengths_cost_two() -> None:
     """On fake CPU tensors: torch's autograd takes no CUDA tensor where it has no CUDA."""
-    found = traced[op]
-    assert "failed" not in found, found["failed"]
-    for direction in ("forward", "backward") if found["differentiable"] else ("forward",):
-        graphs = found[direction]
-        assert graphs["kernels"], f"{direction}: no kernel in the graphs"
-        assert graphs["count"] <= 2, f"{direction}: {graphs['count']} compilations"
-        copied = {
-            name
-            for name in graphs["copied"]
-            if not name.endswith(WRITTEN_IN_PLACE.get(op, ("nothing",)))
-        }
-        assert not copied, f"{direction}: inputs are copied before the launch"
-
-
-def test_a_cuda_tensor_is_traced_to_the_kernel(traced) -> None:
-    assert traced["on_cuda"]["device"] == "cuda:0"
-    assert traced["on_cuda"]["kernels"] == ["softmax_fwd_kernel"]
+    found = traced()
+    for op in OPS:
+        failed = found[op].get("failed")
+        assert failed is None, f"{op}: {failed}"
+        for direction in ("forward", "backward") if found[op]["differentiable"] else ("forward",):
+            graphs, where = found[op][direction], f"{op}, {direction}"
+            assert graphs["kernels"], f"{where}: no kernel in the graphs"
+            assert graphs["count"] <= 2, f"{where}: {graphs['count']} compilations"
+            in_place = WRITTEN_IN_PLACE.get(op, ("nothing",))
+            copied = {name for name in graphs["copied"] if not name.endswith(in_place)}
+            assert not copied, f"{where}: inputs are copied before the launch"
+    assert found["on_cuda"]["device"] == "cuda:0"
+    assert found["on_cuda"]["kernels"] == ["softmax_fwd_kernel"]
 
 
 class Kernel:

@@ -80,33 +80,31 @@ def with_backward(function: Callable[..., Any], *args: Any, **kwargs: Any) -> No
 
 def calls(op: str, target: str, every: bool) -> Iterator[Call]:
     """What is compiled of an op for a target: all that matters, or a sample that takes seconds,
-    largest for sm_90. float16 takes the code of bfloat16 but for the conversions."""
-    main = target == "sm_90"
+    larger for sm_90 and gfx942. float16 takes the code of bfloat16 but for the conversions."""
+    larger = every or target in ("sm_90", "gfx942")
     if op in ROWS:
         first, *middle, last = LENGTHS.get(op, (768, 5140, 50257))
         rows = [(BF16, last)]
-        if every or target in ("sm_90", "gfx942"):
+        if larger:
             rows += [(BF16, first)]
-        if every or main:
+        if every:
             rows += [(F16, first), *((F32, n) for n in (first, *middle, last))]
             rows += [(BF16, n) for n in middle]
         for dtype, n in rows:
             yield Call(f"{SHORT[dtype]} n={n}", functools.partial(ROWS[op], n, dtype))
         return
     heads = [(BF16, 128, 256)]
-    if every or (op != "varlen_attention" and target in ("sm_90", "gfx942")):
+    if larger and (every or op != "varlen_attention"):
         heads += [(BF16, 64, None)]
-    if every or (op != "varlen_attention" and main):
-        heads += [(BF16, 80, None), (BF16, 128, None)]
     if every:
-        heads += [(BF16, 96, None), (F16, 64, None)]
+        heads += [(BF16, 80, None), (BF16, 96, None), (BF16, 128, None), (F16, 64, None)]
         heads += [(BF16, 256, None), (F32, 64, None), (F32, 128, 256)]
     for dtype, d, window in heads:
         name = f"{SHORT[dtype]} d={d} {'dense' if window is None else 'window'}"
         run = functools.partial(HEADS[op], d, dtype, window)
         yield Call(name, run, may_spill=dtype == F32 or d > 128)
-    if op == "attention" and (every or main):
-        for d in (64, 96, 128) if every else (128,):
+    if op == "attention" and every:
+        for d in (64, 96, 128):
             yield Call(f"bf16 d={d} bias", functools.partial(biased_attention, d, BF16))
             yield Call(f"bf16 d={d} laden", functools.partial(laden_attention, d, BF16))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastgpt import nn
 from fastgpt.integrate import torch_nn
 
 KINDS = ("attention", "layer_norm", "softmax", "loss")
@@ -87,7 +88,7 @@ class Step:
 
 
 def replace_layers(
-    model: torch.nn.Module, kinds: Sequence[str] = KINDS, strict: bool = False
+    model: torch.nn.Module, kinds: Iterable[str] = KINDS, strict: bool = False
 ) -> Report:
     """Run the layers of a model on fastgpt's kernels, in place.
 
@@ -110,16 +111,16 @@ def replace_layers(
         A report that prints as a table: module, was, is now or why not.
 
     Raises:
-        TypeError: model is no module, or kinds is a string.
+        TypeError: model is no module, or kinds is a string or nothing to iterate over.
         ValueError: an unknown kind, or strict and something would be left.
     """
-    _check(model, kinds)
+    kinds = _check(model, kinds)
     steps = [*_torch_steps(model, kinds), *_hugging_face_steps(model, kinds)]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     steps.sort(key=lambda step: order[step.entry.module])
     report = Report(tuple(step.entry for step in steps))
     if strict and report.left:
-        raise ValueError(f"strict: not everything of kinds={tuple(kinds)} is served:\n{report}")
+        raise ValueError(f"strict: not everything of kinds={kinds} is served:\n{report}")
     for step in steps:
         if step.act is not None:
             step.act()
@@ -144,7 +145,9 @@ def restore_layers(model: torch.nn.Module) -> int:
             continue
         count += 1
         for attribute, value in was.items():
-            if attribute.startswith("config."):
+            if attribute == "__class__":
+                module.__class__ = _as_it_was(type(module), *value)
+            elif attribute.startswith("config."):
                 setattr(module.config, attribute.removeprefix("config."), value)
             elif value == _ABSENT:
                 delattr(module, attribute)
@@ -161,10 +164,20 @@ def remember(module: torch.nn.Module, attribute: str, value: Any) -> None:
         owner, name = module.config, attribute.removeprefix("config.")
     was = module.__dict__.setdefault(_WAS, {})
     if name == "__class__":
-        was.setdefault(attribute, type(module))
+        was.setdefault(attribute, (type(module), value))
     else:
         was.setdefault(attribute, getattr(owner, name, _ABSENT))
     setattr(owner, name, value)
+
+
+def _as_it_was(cls: type, was: type, ours: type) -> type:
+    """What a module's class was: or a class like its own, where something has since subclassed ours
+    for it alone, as torch's parametrizations and fully_shard do."""
+    if cls is ours:
+        return was
+    bases = tuple(was if base is ours else base for base in cls.__bases__)
+    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__.replace(ours.__name__, was.__name__), bases, own)
 
 
 def swap(module: torch.nn.Module, cls: type[torch.nn.Module]) -> Callable[[], object]:
@@ -185,18 +198,23 @@ def wrapped(module: torch.nn.Module) -> str:
     return ""
 
 
-def _check(model: torch.nn.Module, kinds: Sequence[str]) -> None:
+def _check(model: torch.nn.Module, kinds: Iterable[str]) -> tuple[str, ...]:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(kinds, str):
         raise TypeError(f"kinds: expected a tuple of names, got {kinds!r}; write ({kinds!r},)")
+    if not isinstance(kinds, Iterable):
+        raise TypeError(f"kinds: expected a tuple of names, got {kinds!r}")
+    kinds = tuple(kinds)
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {kind!r}")
+    return kinds
 
 
 def _torch_steps(model: torch.nn.Module, kinds: Sequence[str]) -> Iterable[Step]:
-    ours = {cls: (kind, base) for base, (kind, cls) in torch_nn.REPLACEMENTS.items()}
+    ours = {cls: asked for asked, cls in torch_nn.REPLACEMENTS.values()}
+    ours[nn.CausalSelfAttention] = ("attention",)
     for name, module in model.named_modules():
         cls = type(module)
         if cls in torch_nn.REPLACEMENTS:
@@ -209,7 +227,7 @@ def _torch_steps(model: torch.nn.Module, kinds: Sequence[str]) -> Iterable[Step]
             else:
                 yield Step(Entry(name, asked[0], name_of(cls), name_of(new)), swap(module, new))
         elif cls in ours:
-            asked, _ = ours[cls]
+            asked = ours[cls]
             if set(asked) & set(kinds):
                 yield Step(Entry(name, asked[0], name_of(cls), name_of(cls), "it was already"))
         else:

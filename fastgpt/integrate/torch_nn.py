@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
-from fastgpt import functional as F
 from fastgpt import nn
+from fastgpt.nn import add_norm
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -29,10 +29,10 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         masks = (src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             attended = self._sa_block(self.norm1(src), *masks)
-            y, x = _add_norm(attended, src, self.norm2)
+            y, x = add_norm(attended, src, self.norm2)
             return x + self._ff_block(y)
-        x, _ = _add_norm(self._sa_block(src, *masks), src, self.norm1)
-        return _add_norm(self._ff_block(x), x, self.norm2)[0]
+        x, _ = add_norm(self._sa_block(src, *masks), src, self.norm1)
+        return add_norm(self._ff_block(x), x, self.norm2)[0]
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
@@ -106,12 +106,12 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         cross = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
         if self.norm_first:
-            y, x = _add_norm(self._sa_block(self.norm1(tgt), *own), tgt, self.norm2)
-            y, x = _add_norm(self._mha_block(y, *cross), x, self.norm3)
+            y, x = add_norm(self._sa_block(self.norm1(tgt), *own), tgt, self.norm2)
+            y, x = add_norm(self._mha_block(y, *cross), x, self.norm3)
             return x + self._ff_block(y)
-        x, _ = _add_norm(self._sa_block(tgt, *own), tgt, self.norm1)
-        x, _ = _add_norm(self._mha_block(x, *cross), x, self.norm2)
-        return _add_norm(self._ff_block(x), x, self.norm3)[0]
+        x, _ = add_norm(self._sa_block(tgt, *own), tgt, self.norm1)
+        x, _ = add_norm(self._mha_block(x, *cross), x, self.norm2)
+        return add_norm(self._ff_block(x), x, self.norm3)[0]
 
 
 REPLACEMENTS: dict[type[torch.nn.Module], tuple[tuple[str, ...], type[torch.nn.Module]]] = {
@@ -124,26 +124,6 @@ REPLACEMENTS: dict[type[torch.nn.Module], tuple[tuple[str, ...], type[torch.nn.M
     torch.nn.TransformerDecoderLayer: (("attention", "layer_norm"), TransformerDecoderLayer),
 }
 """torch's class -> (the kinds that ask for it, ours): same parameters, another forward."""
-
-
-def _add_norm(x: Tensor, residual: Tensor, norm: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual), x + residual), in one pass where nobody watches the norm."""
-    if type(norm) is not nn.LayerNorm or _is_watched(norm) or norm.weight is None:
-        s = x + residual
-        return norm(s), s
-    y, s = F.add_layer_norm(x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return y, s
-
-
-def _is_watched(module: torch.nn.Module) -> bool:
-    """Whether calling the module does more than its forward: hooks, or a forward of its own."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in module.__dict__
 
 
 def _additive(mask: Tensor | None, src: Tensor) -> Tensor | None:

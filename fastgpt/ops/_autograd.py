@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +32,14 @@ def record(function: type[torch.autograd.Function], *args: Any) -> Any:
 
     The wrapper serves functorch's transforms and costs half of what recording a tiny call costs.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return function.apply(*args)
+    if torch._C._are_functorch_transforms_active():
+        op = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", function.__name__.strip("_")).lower()
+        raise RuntimeError(
+            f"{op}: torch.func's transforms do not reach into this fused kernel; "
+            'run it under fastgpt.backend("reference"), which they do'
+        )
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 

@@ -97,7 +97,7 @@ class Sight:
         """
         if self.mask is not None:
             mask = _unexpanded(self.mask)
-            if mask.shape[2] == 1 or not _readable(mask):
+            if mask.shape[2] == 1:
                 return None
         elif self.padding is not None and self.causal:
             mask = self.padding
@@ -105,14 +105,20 @@ class Sight:
             return None
         if torch.compiler.is_compiling():
             return self._all_blind(q)
+        if mask.is_inference():  # which would not tell that it was changed
+            return self._first_blind(q)
         kept = mask.__dict__.setdefault("_fastgpt_blind", {})
         key = (q.shape[2], self.causal, self.window, mask._version)
         if key not in kept:
-            blind = self._all_blind(q)
-            found = blind.any(0).any(0).nonzero()
-            kept[key] = blind[..., : int(found[-1]) + 1] if found.numel() else None
-        blind_or_none: Tensor | None = kept[key]
-        return blind_or_none
+            kept[key] = self._first_blind(q)
+        blind: Tensor | None = kept[key]
+        return blind
+
+    def _first_blind(self, q: Tensor) -> Tensor | None:
+        """The queries up to the last one that sees no key, bool (b, h|1, r); None if all see."""
+        blind = self._all_blind(q)
+        found = blind.any(0).any(0).nonzero()
+        return blind[..., : int(found[-1]) + 1] if found.numel() else None
 
     def _all_blind(self, q: Tensor) -> Tensor:
         """Which queries see no key, bool (b, h|1, sq)."""

@@ -11,6 +11,7 @@ from transformers.configuration_utils import PretrainedConfig
 from fastgpt.checkpoint import MODEL_TYPE
 from fastgpt.config import GPTConfig
 
+_SHAPE = tuple(field.name for field in dataclasses.fields(GPTConfig))
 _OLDEST = (4, 57)  # the caches of older ones are others
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:
     raise ImportError(
@@ -126,7 +127,7 @@ class FastGPTConfig(PretrainedConfig):
         Raises:
             ValueError, TypeError: as `fastgpt.GPTConfig`.
         """
-        return GPTConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GPTConfig)})
+        return GPTConfig(**{name: getattr(self, name) for name in _SHAPE})
 
     @property
     def layer_types(self) -> list[str]:

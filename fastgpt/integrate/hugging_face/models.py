@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import masking_utils, modeling_utils
 
 from fastgpt import functional as F
+from fastgpt import nn
 from fastgpt.integrate.hugging_face.attention import CHOSEN_KEYS, NAME, WEIGHTS, fastgpt_attention
 from fastgpt.integrate.hugging_face.masks import fastgpt_mask
 from fastgpt.integrate.replace import Entry, Step, name_of, remember, swap, wrapped
@@ -151,6 +152,8 @@ def steps(model: torch.nn.Module, kinds: Sequence[str]) -> Iterable[Step]:
             yield from _attention_steps(model, part)
         if "loss" in kinds:
             yield from _loss_steps(part.model, part.name)
+    if "attention" in kinds:
+        yield from _without_a_model(model)
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,20 @@ def _parts_of_models(root: torch.nn.Module) -> list[Part]:
             around[name] = part
             part.modules[name] = module
     return list(parts.values())
+
+
+def _without_a_model(root: torch.nn.Module) -> Iterable[Step]:
+    """Attention modules that were taken out of the model whose masks they read."""
+    inside = {id(m) for part in _parts_of_models(root) for m in part.modules.values()}
+    for name, module in root.named_modules():
+        cls = type(module)
+        reads = "config" in module.__dict__ and "is_causal" in module.__dict__
+        of_a_model = isinstance(module, _tabled_classes()) or (
+            reads and cls.__module__.startswith(f"{_MODELS}.")
+        )
+        if of_a_model and id(module) not in inside:
+            why = "the model that makes its masks is not here: replace its layers instead"
+            yield Step(Entry(name, "attention", name_of(cls), None, why))
 
 
 def _attention_steps(root: torch.nn.Module, part: Part) -> Iterable[Step]:
@@ -205,7 +222,10 @@ def _attention_steps(root: torch.nn.Module, part: Part) -> Iterable[Step]:
         elif not unserved:
             yield Step(Entry(name, "attention", was, now), act)
             act = None
-    attends = any("Attention" in type(m).__name__ for m in part.modules.values())
+    attends = any(
+        "Attention" in type(m).__name__ and not isinstance(m, nn.CausalSelfAttention)
+        for m in part.modules.values()
+    )
     if attends and not tabled and unserved and before != NAME:
         was = f"{type(model).__name__} ({before})"
         yield Step(Entry(part.name, "attention", was, None, unserved))
