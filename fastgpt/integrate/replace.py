@@ -130,6 +130,9 @@ def replace_layers(
 def restore_layers(model: torch.nn.Module) -> int:
     """Undo `replace_layers`: every module runs what it ran before, bit for bit.
 
+    A Hugging Face model keeps the configuration object that it was given, with what was changed in
+    it since.
+
     Returns:
         How many modules were given back.
 
