@@ -81,7 +81,7 @@ def adapt(file: ModuleType) -> None:
     if name in BUILD_THEIR_MASK:
         cls = getattr(file, BUILD_THEIR_MASK[name])
         _build_small_masks(cls)
-        if name.endswith("gpt_neo"):
+        if name == f"{_MODELS}.gpt_neo.modeling_gpt_neo":
             _keep_the_padding(cls)
 
 
