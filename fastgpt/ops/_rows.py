@@ -11,14 +11,14 @@ def as_rows(tensor: Tensor) -> Tensor:
     """(..., n) -> (r, n) with the last stride 1, a view wherever one exists; 0-d -> (1, 1)."""
     if tensor.dim() == 2:
         return unit_stride(tensor)
-    if tensor.dim() == 0:
-        return tensor.reshape(1, 1)
-    return unit_stride(tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]))
+    if tensor.dim() < 2:
+        return tensor.reshape(1, -1)
+    return unit_stride(tensor.flatten(0, -2))
 
 
 def from_rows(rows: Tensor, like: Tensor) -> Tensor:
     """The result of a kernel on `as_rows(like)` or `as_matrices(like)`, in the shape of `like`."""
-    return rows if rows.dim() == like.dim() else rows.view(like.shape)
+    return rows if rows.dim() == like.dim() else rows.view_as(like)
 
 
 def as_matrices(tensor: Tensor) -> Tensor:

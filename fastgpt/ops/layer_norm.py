@@ -63,7 +63,7 @@ def layer_norm(
         y = record(_LayerNorm, backend, x, w, b, eps, float_out)
     else:
         y = dispatch.kernel("layer_norm", backend, "layer_norm_fwd")(x, w, b, eps, float_out)[0]
-    return y if y.dim() == input.dim() else y.view(input.shape)
+    return y if y.dim() == input.dim() else y.view_as(input)
 
 
 def add_layer_norm(
@@ -110,7 +110,7 @@ def add_layer_norm(
         y, s = run(rows, residual_rows, w, b, eps, float_out)[:2]
     if y.dim() == x.dim():
         return y, s
-    return y.view(x.shape), s.view(x.shape)
+    return y.view_as(x), s.view_as(x)
 
 
 def _check(
