@@ -163,3 +163,14 @@ def test_offsets_of_64_bits(far: Tensor) -> None:
     target = torch.tensor([3, 5])
     assert torch.equal(F.cross_entropy(far, target), F.cross_entropy(near, target))
     assert torch.equal(F.attention(*[far[None, None]] * 3), F.attention(*[near[None, None]] * 3))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton", "cuda_emulated"])
+@pytest.mark.parametrize("op", ["softmax", "layer_norm", "bias_gelu"])
+def test_one_row_of_any_stride(op: str, backend: str) -> None:
+    skip_unless_runs(op, backend)
+    x = torch.randn(2 * 48, device=device_of(backend))[::2]
+    more = {"softmax": (-1,), "layer_norm": ((48,),), "bias_gelu": ()}[op]
+    with fastgpt.backend(backend):
+        got = getattr(F, op)(x, *more)
+        assert torch.equal(got, getattr(F, op)(x.contiguous(), *more))

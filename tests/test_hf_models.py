@@ -309,22 +309,24 @@ def test_gradient_checkpointing(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt_neo", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mistral"])
 def test_compiled(family: str) -> None:
     own = build(family)
     model = replaced(own)
     compiled = torch.compile(model, backend="aot_eager", dynamic=True)
-    inputs = batch("left")
-    out = compiled(**inputs, use_cache=False)
-    out.loss.backward()
-    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    want = results(own, inputs)
-    seen = inputs["attention_mask"].bool()
-    torch.testing.assert_close(out.logits[seen].double(), want.pop("logits"), **NEAR)
-    torch.testing.assert_close(out.loss.double(), want.pop("loss"), **NEAR)
-    for name, gradient in want.items():
-        mine = got[name.removeprefix("gradient of ")].double()
-        torch.testing.assert_close(mine, gradient, **NEAR)
+    for padding in ("none", "right", "left"):
+        inputs = batch(padding)
+        model.zero_grad()
+        out = compiled(**inputs, use_cache=False)
+        out.loss.backward()
+        got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        want = results(own, inputs)
+        seen = inputs.get("attention_mask", torch.ones(B, S)).bool()
+        torch.testing.assert_close(out.logits[seen].double(), want.pop("logits"), **NEAR)
+        torch.testing.assert_close(out.loss.double(), want.pop("loss"), **NEAR)
+        for name, gradient in want.items():
+            mine = got[name.removeprefix("gradient of ")].double()
+            torch.testing.assert_close(mine, gradient, **NEAR)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

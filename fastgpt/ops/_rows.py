@@ -12,7 +12,7 @@ def as_rows(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return unit_stride(tensor)
     if tensor.dim() < 2:
-        return tensor.reshape(1, -1)
+        return unit_stride(tensor.reshape(1, -1))
     return unit_stride(tensor.flatten(0, -2))
 
 

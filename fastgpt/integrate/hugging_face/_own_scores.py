@@ -25,9 +25,21 @@ def attend(
     dropout: float,
     banded: bool,
 ) -> Tensor:
-    """(b, h, sq, d) of causal attention, stored as (b, sq, h, d); one node of a `torch.fx` graph.
+    """Causal attention of one layer; one node of a `torch.fx` graph.
 
-    `banded`: the causal band holds within every mask, as where a model applies it by a `where`.
+    Args:
+        query: (b, h, sq, d).
+        key, value: (b, h, sk, d), those of the cache included.
+        attention_mask, window: as `read_mask` takes them.
+        scale: factor on the scores.
+        dropout: probability of dropping a weight.
+        banded: the causal band holds within every mask, as where a model applies it by a `where`.
+
+    Returns:
+        (b, h, sq, d), stored as (b, sq, h, d).
+
+    Raises:
+        ValueError, TypeError: as `read_mask`.
     """
     sight = read_mask(None, query, key, attention_mask, True, window)
     if banded:
