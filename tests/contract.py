@@ -180,10 +180,8 @@ def _transposed(x: Tensor) -> Tensor:
 
 def _garbage(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     if x.is_floating_point():
-        return torch.full(shape, float("nan"), dtype=x.dtype)
-    return torch.full(shape, True if x.dtype == torch.bool else torch.iinfo(x.dtype).max).to(
-        x.dtype
-    )
+        return x.new_full(shape, float("nan"))
+    return x.new_full(shape, True if x.dtype == torch.bool else torch.iinfo(x.dtype).max)
 
 
 LAYOUTS = (_strided, _misaligned, _transposed)

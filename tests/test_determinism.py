@@ -76,7 +76,8 @@ def check_elements(spec: OpSpec, backend: str, dtype, case: Case) -> None:
         for i in (0, rows.count(inputs) - 1):
 
             def own_outgoing(name, output, i=i):
-                return rows.of_result(inputs, name, outgoing(name, together[name]), i)
+                own = rows.of_result(inputs, name, outgoing(name, together[name]), i)
+                return own.to(output.device)
 
             alone = run(spec, spec.function, rows.of_inputs(inputs, i), own_outgoing, device)
             want = {

@@ -55,7 +55,8 @@ __device__ inline void load(const T* g_from, float (&r_to)[kCount]) {
   for (int i = 0; i < kCount; ++i) r_to[i] = to_float(pack.value[i]);
 }
 
-// In PTX: in a loop the compiler may take the store of a struct apart, element by element.
+// To global memory. In PTX: in a loop the compiler may take the store of a struct apart, element by
+// element.
 template <int kCount, typename T>
 __device__ inline void store_pack(T* g_to, const Pack<T, kCount>& pack) {
 #if defined(FASTGPT_EMULATED)

@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(kMergeSplits* kD / 4)
     const int64_t state = first + int64_t{split} * rows;
     add_weighted(from.g_partial + state * kD + column, from.g_state + 2 * state, top, r_o, sum);
   }
-  store<4>(s_o + slice * kD + column, r_o);
+  store_floats(s_o + slice * kD + column, r_o);
   if (column == 0) s_sum[slice] = sum;
   __syncthreads();
   if (slice > 0) return;

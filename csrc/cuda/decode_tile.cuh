@@ -16,6 +16,11 @@ __device__ inline float centered(float top) {
   return top == -INFINITY ? 0.0f : top;
 }
 
+// Four floats into shared memory, which store() does not reach.
+__device__ inline void store_floats(float* s_to, const float (&r_from)[4]) {
+  *reinterpret_cast<float4*>(s_to) = make_float4(r_from[0], r_from[1], r_from[2], r_from[3]);
+}
+
 // Where a warp leaves what it found: o (kRows, kStep), not normalized; per row the maximum of the
 // scores and the sum of 2^(s - maximum).
 template <int kD>
@@ -204,7 +209,7 @@ class DecodeTile<float, kD, kRows> {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       for_own_chunks([&](int i, int chunk) {
-        store<4>(to.s_o + row * WarpResult<kD>::kStep + 4 * chunk, r_o_[row][i]);
+        store_floats(to.s_o + row * WarpResult<kD>::kStep + 4 * chunk, r_o_[row][i]);
       });
       const float sum = warp_sum<kKeys>(r_sum_[row]);
       if (lane() == 0) {

@@ -1,28 +1,39 @@
-// Where an op runs: on the CPU, or on a CUDA stream. The symbol that tells the stream is weak: one
-// library loads into CPU builds of torch too, where it is null. Compiled for the emulator of the
-// tests, the CUDA kernels take the CPU's tensors, as ops of torch.ops.fastgpt_emulated.
+// Where an op runs: on the CPU, or on a CUDA stream. What tells the stream is looked up in the
+// process: one library loads into CPU builds of torch too, which do not have it. Compiled for the
+// emulator of the tests, the CUDA kernels take the CPU's tensors, as ops of
+// torch.ops.fastgpt_emulated.
 #pragma once
+
+#if defined(FASTGPT_CUDA)
+#include <dlfcn.h>
+#endif
 
 #include <utility>
 
 #include "csrc/torch/common.h"
 
-#if defined(FASTGPT_CUDA)
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-#endif
-
 namespace fastgpt::binding {
 
 #if defined(FASTGPT_CUDA)
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** ret_stream);
+
+// Python loads torch's libraries for itself alone: a weak symbol of this one would stay null.
+inline CurrentStream current_stream() {
+  static const CurrentStream function = []() -> CurrentStream {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return nullptr;
+    return reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  return function;
+}
+
 // Makes the tensor's device current while it lives, and holds torch's current stream of it.
 class CudaStream {
  public:
   explicit CudaStream(const Tensor& t) : guard_(t.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+    STD_TORCH_CHECK(current_stream() != nullptr,
                     "fastgpt: this build of torch does not tell its current CUDA stream");
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(t.get_device_index(), &stream_));
   }
   void* get() const { return stream_; }
 
