@@ -1,0 +1,180 @@
+// Products of a warpgroup (wgmma, sm_90a): four warps multiply 64 rows, asynchronously, by operands
+// in shared memory; the first may be in registers. Compiled for sm_90a alone.
+//
+// A matrix in shared memory lies in panels of 64 elements of 16 bits: a panel is its rows of 128
+// bytes one after another, the chunks of a row where swizzled<8>() puts them, and begins at a
+// multiple of 1024 bytes. Accumulators r_d[n][e] are those of mma.cuh, of the 16 rows of each warp;
+// so is a in registers. Whoever wrote the shared memory calls fence_shared() before the barrier
+// after which it is multiplied. Accumulators, and a in registers, are not touched from
+// wgmma_begin() to the wait for the group that they are in.
+// Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
+#pragma once
+
+#include <type_traits>
+
+#include "csrc/cuda/mma.cuh"
+
+namespace fastgpt::cuda {
+
+constexpr int kWarpgroup = 4 * kWarp;
+constexpr int kPanelColumns = 64;
+constexpr int kPanelRowBytes = 128;
+constexpr int kPanelAlignment = 8 * kPanelRowBytes;
+
+// 16 columns (of a and of the first b) or 16 rows (of the second b) of a matrix, where a product
+// finds them: the address of their first element in memory, and the bytes from panel to panel.
+#if defined(FASTGPT_EMULATED)
+using emulator::SharedMatrix;
+#else
+struct SharedMatrix {
+  uint64_t bits;
+};
+#endif
+
+__device__ inline SharedMatrix shared_matrix(const void* s_first, int panel_bytes) {
+#if defined(FASTGPT_EMULATED)
+  return {s_first, panel_bytes};
+#else
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kStride = uint64_t{kPanelAlignment >> 4} << 32;  // from 8 rows to the next 8
+  return {kSwizzle128 | kStride | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
+          (shared_address(s_first) >> 4 & 0x3fff)};
+#endif
+}
+
+// Before the first product, and whenever registers of one were written since the last.
+__device__ inline void wgmma_begin() {
+#if defined(FASTGPT_EMULATED)
+  emulator::wgmma_begin();
+#else
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+// The products since the last commit become a group.
+__device__ inline void wgmma_commit() {
+#if defined(FASTGPT_EMULATED)
+  emulator::wgmma_commit();
+#else
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Until all but the newest kGroups groups have been computed.
+template <int kGroups>
+__device__ inline void wgmma_wait() {
+#if defined(FASTGPT_EMULATED)
+  emulator::wgmma_wait(kGroups);
+#else
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
+// What this thread wrote to shared memory, its copies that it waited for included, is seen by
+// products that are issued after the next barrier.
+__device__ inline void fence_shared() {
+#if defined(FASTGPT_EMULATED)
+  emulator::fence_shared();
+#else
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Keeps the compiler from moving accumulators while products are under way.
+template <int kN>
+__device__ inline void hold(float (&r)[kN][4]) {
+#if !defined(FASTGPT_EMULATED)
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(r[n][e])::"memory");
+  }
+#else
+  static_cast<void>(r);
+#endif
+}
+
+#if !defined(FASTGPT_EMULATED)
+#define FASTGPT_R1(i) "+f"(r_d[i][0]), "+f"(r_d[i][1]), "+f"(r_d[i][2]), "+f"(r_d[i][3])
+#define FASTGPT_R4(i) FASTGPT_R1(i), FASTGPT_R1((i) + 1), FASTGPT_R1((i) + 2), FASTGPT_R1((i) + 3)
+#define FASTGPT_R8(i) FASTGPT_R4(i), FASTGPT_R4((i) + 4)
+#define FASTGPT_R16(i) FASTGPT_R8(i), FASTGPT_R8((i) + 8)
+
+#define FASTGPT_D64                                                                        \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define FASTGPT_WGMMA_SS_64(type)                                                 \
+  asm volatile(                                                                   \
+      "{.reg .pred p; setp.ne.b32 p, %34, 0; "                                    \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FASTGPT_D64 \
+      ", %32, %33, p, 1, 1, 0, 0;}"                                               \
+      : FASTGPT_R8(0)                                                             \
+      : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add)))
+#define FASTGPT_WGMMA_RS_64(type)                                                          \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FASTGPT_D64 \
+               ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                  \
+               : FASTGPT_R8(0)                                                             \
+               : "r"(r_a[0]), "r"(r_a[1]), "r"(r_a[2]), "r"(r_a[3]), "l"(b.bits))
+
+#define FASTGPT_D128                                                                       \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "  \
+  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "  \
+  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+#define FASTGPT_WGMMA_SS_128(type)                                                  \
+  asm volatile(                                                                     \
+      "{.reg .pred p; setp.ne.b32 p, %66, 0; "                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " FASTGPT_D128 \
+      ", %64, %65, p, 1, 1, 0, 0;}"                                                 \
+      : FASTGPT_R16(0)                                                              \
+      : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add)))
+#define FASTGPT_WGMMA_RS_128(type)                                                           \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " FASTGPT_D128 \
+               ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                    \
+               : FASTGPT_R16(0)                                                              \
+               : "r"(r_a[0]), "r"(r_a[1]), "r"(r_a[2]), "r"(r_a[3]), "l"(b.bits))
+#endif
+
+// d (64 x kN) = a (64 x 16) b^T, or gains it; a and b (kN rows) in shared memory.
+template <typename T, int kN>
+__device__ inline void wgmma_ss(float (&r_d)[kN / 8][4], SharedMatrix a, SharedMatrix b, bool add) {
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
+  static_assert(kBf16 || std::is_same_v<T, __half>, "wgmma of bfloat16 or float16");
+  static_assert(kN == 64 || kN == 128, "columns of a product");
+#if defined(FASTGPT_EMULATED)
+  emulator::wgmma_ss(&r_d[0][0], kN, a, b, add, kBf16);
+#else
+  if constexpr (kBf16 && kN == 64) {
+    FASTGPT_WGMMA_SS_64("bf16");
+  } else if constexpr (kBf16) {
+    FASTGPT_WGMMA_SS_128("bf16");
+  } else if constexpr (kN == 64) {
+    FASTGPT_WGMMA_SS_64("f16");
+  } else {
+    FASTGPT_WGMMA_SS_128("f16");
+  }
+#endif
+}
+
+// d (64 x kN) += a (64 x 16) b: a in registers, b 16 rows of kN columns in shared memory.
+template <typename T, int kN>
+__device__ inline void wgmma_rs(float (&r_d)[kN / 8][4], const uint32_t (&r_a)[4], SharedMatrix b) {
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
+  static_assert(kBf16 || std::is_same_v<T, __half>, "wgmma of bfloat16 or float16");
+  static_assert(kN == 64 || kN == 128, "columns of a product");
+#if defined(FASTGPT_EMULATED)
+  emulator::wgmma_rs(&r_d[0][0], kN, r_a, b, kBf16);
+#else
+  if constexpr (kBf16 && kN == 64) {
+    FASTGPT_WGMMA_RS_64("bf16");
+  } else if constexpr (kBf16) {
+    FASTGPT_WGMMA_RS_128("bf16");
+  } else if constexpr (kN == 64) {
+    FASTGPT_WGMMA_RS_64("f16");
+  } else {
+    FASTGPT_WGMMA_RS_128("f16");
+  }
+#endif
+}
+
+}  // namespace fastgpt::cuda
