@@ -14,34 +14,57 @@ struct Delta {
   float* g_lse2;
 };
 
-constexpr int kDeltaWarps = 4;  // a row each
+constexpr int kDeltaThreads = 128;
 
-template <typename T>
-__global__ void __launch_bounds__(kDeltaWarps* kWarp) attention_bwd_delta_kernel(Delta p) {
-  const int64_t h = p.dout.size[1], s = p.dout.size[2], d = p.dout.size[3];
-  const int64_t row = blockIdx.x * int64_t{kDeltaWarps} + threadIdx.x / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  if (row >= p.dout.size[0] * h * s) return;
-  const int z = static_cast<int>(row / (h * s)), head = static_cast<int>(row / s % h);
-  const int at = static_cast<int>(row % s);
-  const float lse = p.g_lse[row];
+// kLanes neighbouring lanes to a row, in packs of kPack elements.
+template <typename T, int kPack, int kLanes>
+__global__ void __launch_bounds__(kDeltaThreads) attention_bwd_delta_kernel(Delta p) {
+  const int64_t h = p.dout.size[1], s = p.dout.size[2];
+  const int64_t row = blockIdx.x * int64_t{kDeltaThreads / kLanes} + threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes, d = static_cast<int>(p.dout.size[3]);
+  const bool inside = row < p.dout.size[0] * h * s;
+  const float lse = inside ? p.g_lse[row] : -INFINITY;
   const bool some = lse > -INFINITY;
   float delta = 0.0f;
   if (some) {  // the gradient of a row that saw no key is not read: it may hold anything
+    const int z = static_cast<int>(row / (h * s)), head = static_cast<int>(row / s % h);
+    const int at = static_cast<int>(row % s);
     const T* g_dout = rows_of<const T>(p.dout, false, z, head, at);
     const T* g_out = rows_of<const T>(p.out, false, z, head, at);
     const T* g_out_lo =
         p.out_lo.data != nullptr ? rows_of<const T>(p.out_lo, false, z, head, at) : nullptr;
-    for (int64_t i = lane; i < d; i += kWarp) {
-      const float out = to_float(g_out[i]) + (g_out_lo != nullptr ? to_float(g_out_lo[i]) : 0.0f);
-      delta = fmaf(to_float(g_dout[i]), out, delta);
+    for (int i = lane * kPack; i < d; i += kLanes * kPack) {
+      float r_dout[kPack], r_out[kPack], r_lo[kPack] = {};
+      load<kPack>(g_dout + i, r_dout);
+      load<kPack>(g_out + i, r_out);
+      if (g_out_lo != nullptr) load<kPack>(g_out_lo + i, r_lo);
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) delta = fmaf(r_dout[e], r_out[e] + r_lo[e], delta);
     }
   }
-  delta = warp_sum(delta);
-  if (lane != 0) return;
+  delta = warp_sum<kLanes>(delta);
+  if (lane != 0 || !inside) return;
   if (some && p.g_dlse != nullptr) delta -= p.g_dlse[row];
   p.g_delta[row] = delta;
   p.g_lse2[row] = some ? lse * kLog2E : INFINITY;
+}
+
+template <typename T>
+void launch_delta(const Delta& p, int64_t rows, void* stream) {
+  const auto run = [&](auto pack, auto lanes) {
+    constexpr int kPack = decltype(pack)::kValue, kLanes = decltype(lanes)::kValue;
+    constexpr int kRows = kDeltaThreads / kLanes;
+    launch(attention_bwd_delta_kernel<T, kPack, kLanes>,
+           dim3(grid_size((rows + kRows - 1) / kRows)), dim3(kDeltaThreads), 0, stream, p);
+  };
+  constexpr int kWide = kPerChunk<T>;
+  const int64_t d = p.dout.size[3];
+  const bool packs = d % kWide == 0 && direct_rows(p.dout, false) && direct_rows(p.out, false) &&
+                     (p.out_lo.data == nullptr || direct_rows(p.out_lo, false));
+  if (!packs) return run(Constant<1>{}, Constant<32>{});
+  if (d <= 8 * kWide) return run(Constant<kWide>{}, Constant<8>{});
+  if (d <= 16 * kWide) return run(Constant<kWide>{}, Constant<16>{});
+  run(Constant<kWide>{}, Constant<32>{});
 }
 
 int64_t statistics_of(const AttentionProblem& p) {
@@ -65,9 +88,7 @@ void run_attention_bwd(const AttentionProblem& problem, const AttentionGradients
   const Delta delta{r.dout, r.out,   r.out_lo, static_cast<const float*>(r.lse.data),
                     g_dlse, g_delta, g_lse2};
   visit_dtype<__nv_bfloat16, __half>(in.q.dtype, [&](auto type) {
-    launch(attention_bwd_delta_kernel<typename decltype(type)::type>,
-           dim3(grid_size((rows + kDeltaWarps - 1) / kDeltaWarps)), dim3(kDeltaWarps * kWarp), 0,
-           stream, delta);
+    launch_delta<typename decltype(type)::type>(delta, rows, stream);
   });
   const Bwd p{problem,
               r.dout,

@@ -66,6 +66,9 @@ void run_attention_bwd(const AttentionProblem& problem, const AttentionGradients
 
 void attention_bwd_dkv(const Bwd& p, void* stream);
 void attention_bwd_dq(const Bwd& p, void* stream);
+// For warpgroups: attention_bwd_dkv_sm90.cu, attention_bwd_dq_sm90.cu.
+void attention_bwd_dkv_sm90(const Bwd& p, void* stream);
+void attention_bwd_dq_sm90(const Bwd& p, void* stream);
 // dbias, of the shape of the bias, from a delta that did not come of rounded P.
 int64_t attention_bwd_dbias_workspace(const AttentionProblem& problem, const TensorRef& dbias);
 void attention_bwd_dbias(const Bwd& p, const TensorRef& dbias, float* workspace, void* stream);

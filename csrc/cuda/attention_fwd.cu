@@ -8,7 +8,7 @@
 // flight stay in the L2 cache; 4 d flops per visible pair. Tiles and order are functions of the
 // shape of a head, so its bits do not depend on the batch. Source: Dao 2023,
 // https://arxiv.org/abs/2307.08691; the band as in Child et al. 2019.
-#include "csrc/cuda/attention_tile.cuh"
+#include "csrc/cuda/attention_fwd.cuh"
 
 namespace fastgpt::cuda {
 namespace {
@@ -32,14 +32,6 @@ struct FwdTile {
       (kQueries + 2 * kKeys) * kD * static_cast<int>(sizeof(C)) + kScratch * 4;
 };
 
-struct Fwd {
-  AttentionProblem problem;
-  TensorRef out, out_lo;
-  float* g_lse;
-  float scale, rescale;
-  bool direct_q, direct_k, direct_v;
-};
-
 template <typename T, int kD, bool kFeatures>
 __global__ void __launch_bounds__(FwdTile<T, kD, kFeatures>::kThreads) attention_fwd_kernel(Fwd p) {
   using Tile = FwdTile<T, kD, kFeatures>;
@@ -53,45 +45,22 @@ __global__ void __launch_bounds__(FwdTile<T, kD, kFeatures>::kThreads) attention
   float* s_scratch =
       reinterpret_cast<float*>(s_v + Tile::kKeys * kD) + warp * kScratchFloats<T, kM, kN>;
 
+  const FwdRows<T> rows(p, Tile::kQueries);
+  if (!rows.any) return;
   const AttentionProblem& problem = p.problem;
   const AttentionInputs& in = problem.in;
-  const bool packed = problem.g_cu_seqlens_q != nullptr;
-  const int d = problem.d;
-  const QueryBlock block(problem, Tile::kQueries);
-  const Sequence queries = block.queries;
-  const int z = block.z, head = block.head, key_head = block.key_head;
-  const int m0 = block.m0, sq = queries.count;
-  T* g_out = rows_of<T>(p.out, packed, z, head, queries.first);
-  T* g_out_lo =
-      p.out_lo.data != nullptr ? rows_of<T>(p.out_lo, packed, z, head, queries.first) : nullptr;
-  float* g_lse = p.g_lse + statistics_at(problem, z, head, queries.first);
-  if (z == problem.b) {  // tokens that no document has
-    for (int first = m0; first < sq; first += block.tiles * Tile::kQueries) {
-      const int count = min(sq - first, Tile::kQueries);
-      clear_rows(g_out + first * p.out.stride[2], p.out.stride[2], count, d);
-      if (g_out_lo != nullptr) {
-        clear_rows(g_out_lo + first * p.out_lo.stride[2], p.out_lo.stride[2], count, d);
-      }
-      for (int i = threadIdx.x; i < count; i += kThreads) g_lse[first + i] = -INFINITY;
-    }
-    return;
-  }
-  if (m0 >= sq) return;
-  const Sequence keys = sequence_of(problem.g_cu_seqlens_k, z, problem.b, in.k.size[2], problem.sk);
-  const int64_t q_s = in.q.stride[2], k_s = in.k.stride[2], v_s = in.v.stride[2];
-  const T* g_q = rows_of<const T>(in.q, packed, z, head, queries.first + m0);
-  const T* g_k = rows_of<const T>(in.k, packed, z, key_head, keys.first);
-  const T* g_v = rows_of<const T>(in.v, packed, z, key_head, keys.first);
+  const int m0 = rows.m0, sq = rows.queries, d = problem.d;
+  const int64_t k_s = in.k.stride[2], v_s = in.v.stride[2];
 
-  const Band band(problem, sq, keys.count);
+  const Band band(problem, sq, rows.keys);
   Features features;
-  if (kFeatures) features = Features(in, z, problem.h, head);
+  if (kFeatures) features = Features(in, rows.z, problem.h, rows.head);
   const Walk walk =
       band.keys(m0, min(m0 + Tile::kQueries, sq), Tile::kKeys, kFeatures && features.selective());
   const auto load_keys = [&](T* s_tile, const T* g_rows, int64_t stride, int n0, bool direct) {
     load_rows<T, kD, Tile::kKeys, kThreads>(
         s_tile, g_rows + n0 * stride, stride, d, direct,
-        [&](int row) { return n0 + row < keys.count && !(kFeatures && features.pads(n0 + row)); });
+        [&](int row) { return n0 + row < rows.keys && !(kFeatures && features.pads(n0 + row)); });
     commit_copies();
   };
 
@@ -103,22 +72,22 @@ __global__ void __launch_bounds__(FwdTile<T, kD, kFeatures>::kThreads) attention
     r_sum[m][0] = r_sum[m][1] = 0.0f;
   }
   if (walk.count > 0) {
-    load_rows<T, kD, Tile::kQueries, kThreads>(s_q, g_q, q_s, d, p.direct_q,
+    load_rows<T, kD, Tile::kQueries, kThreads>(s_q, rows.g_q, in.q.stride[2], d, p.direct_q,
                                                [&](int row) { return m0 + row < sq; });
-    load_keys(s_k, g_k, k_s, walk.at(0), p.direct_k);
+    load_keys(s_k, rows.g_k, k_s, walk.at(0), p.direct_k);
   }
   const bool busy = Tile::kAlwaysBusy || m0 + own < sq;
   for (int t = 0; t < walk.count; ++t) {
     const int n0 = walk.at(t);
     wait_copies<0>();
     __syncthreads();  // K is here, and V has been read
-    load_keys(s_v, g_v, v_s, n0, p.direct_v);
+    load_keys(s_v, rows.g_v, v_s, n0, p.direct_v);
     float r_s[kM][kN][4];
     clear(r_s);
     if (busy) multiply_transposed<kD>(r_s, s_q, own, s_k, d);
     wait_copies<0>();
     __syncthreads();  // V is here, and K has been read
-    if (t + 1 < walk.count) load_keys(s_k, g_k, k_s, walk.at(t + 1), p.direct_k);
+    if (t + 1 < walk.count) load_keys(s_k, rows.g_k, k_s, walk.at(t + 1), p.direct_k);
     if (!busy) continue;
 
     // Scores in units of log2(e); without features still to be multiplied by the scale, which is
@@ -208,7 +177,7 @@ __global__ void __launch_bounds__(FwdTile<T, kD, kFeatures>::kThreads) attention
       const float sum = warp_sum<4>(r_sum[m][i]);
       const float all = sum == 0.0f ? 1.0f : sum;  // no key was seen: the output is 0
       const int row = m0 + own + at.row(m, 2 * i);
-      if (at.pair == 0 && row < sq) g_lse[row] = (r_top[m][i] + log2f(all)) * kLn2;
+      if (at.pair == 0 && row < sq) rows.g_lse[row] = (r_top[m][i] + log2f(all)) * kLn2;
       const float inverse = p.rescale / all;
 #pragma unroll
       for (int n = 0; n < kD / 8; ++n) {
@@ -217,22 +186,7 @@ __global__ void __launch_bounds__(FwdTile<T, kD, kFeatures>::kThreads) attention
       }
     }
   }
-  const int first = m0 + own, count = sq - first;
-  T* s_own = s_q + own * kD;
-  store_rows<kD>(r_out, 0, s_own, g_out + first * p.out.stride[2], p.out.stride[2], count, d);
-  if (g_out_lo == nullptr) return;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kD / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        r_out[m][n][e] -= to_float(from_float<T>(r_out[m][n][e]));
-      }
-    }
-  }
-  store_rows<kD>(r_out, 0, s_own, g_out_lo + first * p.out_lo.stride[2], p.out_lo.stride[2], count,
-                 d);
+  rows.template store<kD>(r_out, s_q + own * kD, own, p);
 }
 
 template <typename T, int kD, bool kFeatures>
@@ -260,6 +214,7 @@ void run_attention_fwd(const AttentionProblem& problem, const TensorRef& out,
               direct_rows(in.q, packed),
               direct_rows(in.k, packed),
               direct_rows(in.v, packed)};
+  if (for_warpgroups(problem)) return attention_fwd_sm90(p, stream);
   visit_dtype<__nv_bfloat16, __half>(in.q.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto run = [&](auto width, auto features) {

@@ -208,6 +208,17 @@ static inline bool has_features(const AttentionInputs& in) {
          !(in.scale > 0.0f);
 }
 
+// Whether the kernels for warpgroups take them, on a GPU that has warpgroups.
+static inline bool for_warpgroups(const AttentionProblem& p) {
+#if defined(FASTGPT_SM90)
+  return compute_capability() == 90 && p.in.q.dtype != DType::f32 && p.d >= 16 && p.d <= 128 &&
+         !has_features(p.in);
+#else
+  static_cast<void>(p);
+  return false;
+#endif
+}
+
 static inline bool has_dropout(const AttentionInputs& in) {
   return in.dropout_seed && in.dropout_p > 0.0;
 }

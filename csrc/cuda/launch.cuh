@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -31,6 +32,20 @@ using emulator::launch;
 static inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string("fastgpt: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// Of the current device, as 90 for 9.0.
+static inline int compute_capability() {
+  constexpr int kMostDevices = 64;
+  static std::atomic<int> known[kMostDevices];  // 0: not asked yet
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "current device");
+  const bool remembered = device < kMostDevices;
+  if (remembered && known[device] != 0) return known[device];
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "capability");
+  if (remembered) known[device] = 10 * major + minor;
+  return 10 * major + minor;
 }
 
 template <typename... Params, typename... Args>

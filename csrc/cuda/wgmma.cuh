@@ -95,84 +95,109 @@ __device__ inline void hold(float (&r)[kN][4]) {
 }
 
 #if !defined(FASTGPT_EMULATED)
+// The accumulators of kN columns as operands 0 to kN / 2 - 1: their names, and what they are.
+#define FASTGPT_D64                                                                  \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTGPT_D80 \
+  FASTGPT_D64       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define FASTGPT_D96 \
+  FASTGPT_D80       \
+  ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define FASTGPT_D128 \
+  FASTGPT_D96        \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FASTGPT_R1(i) "+f"(r_d[i][0]), "+f"(r_d[i][1]), "+f"(r_d[i][2]), "+f"(r_d[i][3])
-#define FASTGPT_R4(i) FASTGPT_R1(i), FASTGPT_R1((i) + 1), FASTGPT_R1((i) + 2), FASTGPT_R1((i) + 3)
-#define FASTGPT_R8(i) FASTGPT_R4(i), FASTGPT_R4((i) + 4)
-#define FASTGPT_R16(i) FASTGPT_R8(i), FASTGPT_R8((i) + 8)
-
-#define FASTGPT_D64                                                                        \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define FASTGPT_WGMMA_SS_64(type)                                                 \
-  asm volatile(                                                                   \
-      "{.reg .pred p; setp.ne.b32 p, %34, 0; "                                    \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FASTGPT_D64 \
-      ", %32, %33, p, 1, 1, 0, 0;}"                                               \
-      : FASTGPT_R8(0)                                                             \
-      : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add)))
-#define FASTGPT_WGMMA_RS_64(type)                                                          \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FASTGPT_D64 \
-               ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                  \
-               : FASTGPT_R8(0)                                                             \
-               : "r"(r_a[0]), "r"(r_a[1]), "r"(r_a[2]), "r"(r_a[3]), "l"(b.bits))
-
-#define FASTGPT_D128                                                                       \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "  \
-  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "  \
-  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-#define FASTGPT_WGMMA_SS_128(type)                                                  \
-  asm volatile(                                                                     \
-      "{.reg .pred p; setp.ne.b32 p, %66, 0; "                                      \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " FASTGPT_D128 \
-      ", %64, %65, p, 1, 1, 0, 0;}"                                                 \
-      : FASTGPT_R16(0)                                                              \
-      : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add)))
-#define FASTGPT_WGMMA_RS_128(type)                                                           \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " FASTGPT_D128 \
-               ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                    \
-               : FASTGPT_R16(0)                                                              \
-               : "r"(r_a[0]), "r"(r_a[1]), "r"(r_a[2]), "r"(r_a[3]), "l"(b.bits))
+#define FASTGPT_R2(i) FASTGPT_R1(i), FASTGPT_R1((i) + 1)
+#define FASTGPT_R4(i) FASTGPT_R2(i), FASTGPT_R2((i) + 2)
+#define FASTGPT_R64 FASTGPT_R4(0), FASTGPT_R4(4)
+#define FASTGPT_R80 FASTGPT_R64, FASTGPT_R2(8)
+#define FASTGPT_R96 FASTGPT_R80, FASTGPT_R2(10)
+#define FASTGPT_R128 FASTGPT_R96, FASTGPT_R4(12)
+#define FASTGPT_SS_64 "%32, %33"
+#define FASTGPT_SS_64_ADD "%34"
+#define FASTGPT_RS_64 "{%32, %33, %34, %35}, %36"
+#define FASTGPT_RS_64_ADD "%37"
+#define FASTGPT_SS_80 "%40, %41"
+#define FASTGPT_SS_80_ADD "%42"
+#define FASTGPT_RS_80 "{%40, %41, %42, %43}, %44"
+#define FASTGPT_RS_80_ADD "%45"
+#define FASTGPT_SS_96 "%48, %49"
+#define FASTGPT_SS_96_ADD "%50"
+#define FASTGPT_RS_96 "{%48, %49, %50, %51}, %52"
+#define FASTGPT_RS_96_ADD "%53"
+#define FASTGPT_SS_128 "%64, %65"
+#define FASTGPT_SS_128_ADD "%66"
+#define FASTGPT_RS_128 "{%64, %65, %66, %67}, %68"
+#define FASTGPT_RS_128_ADD "%69"
+#define FASTGPT_WGMMA(n, type, operands, adds, layout)                              \
+  "{.reg .pred p; setp.ne.b32 p, " adds ", 0; wgmma.mma_async.sync.aligned.m64n" #n \
+  "k16.f32." type "." type " {" FASTGPT_D##n "}, " operands ", p, 1, 1, " layout ";}"
+#define FASTGPT_WGMMA_SS(n, type, layout)                                           \
+  asm volatile(FASTGPT_WGMMA(n, type, FASTGPT_SS_##n, FASTGPT_SS_##n##_ADD, layout) \
+               : FASTGPT_R##n                                                       \
+               : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add)))
+#define FASTGPT_WGMMA_RS(n, type, layout)                                           \
+  asm volatile(FASTGPT_WGMMA(n, type, FASTGPT_RS_##n, FASTGPT_RS_##n##_ADD, layout) \
+               : FASTGPT_R##n                                                       \
+               : "r"(r_a[0]), "r"(r_a[1]), "r"(r_a[2]), "r"(r_a[3]), "l"(b.bits),   \
+                 "r"(static_cast<int>(add)))
+// For the kN and the type of the function that it stands in.
+#define FASTGPT_WGMMA_OF(f, layout) \
+  if constexpr (kN == 64) {         \
+    if constexpr (kBf16)            \
+      f(64, "bf16", layout);        \
+    else                            \
+      f(64, "f16", layout);         \
+  } else if constexpr (kN == 80) {  \
+    if constexpr (kBf16)            \
+      f(80, "bf16", layout);        \
+    else                            \
+      f(80, "f16", layout);         \
+  } else if constexpr (kN == 96) {  \
+    if constexpr (kBf16)            \
+      f(96, "bf16", layout);        \
+    else                            \
+      f(96, "f16", layout);         \
+  } else {                          \
+    if constexpr (kBf16)            \
+      f(128, "bf16", layout);       \
+    else                            \
+      f(128, "f16", layout);        \
+  }
 #endif
 
-// d (64 x kN) = a (64 x 16) b^T, or gains it; a and b (kN rows) in shared memory.
+template <typename T, int kN>
+constexpr bool kMultiplies = (std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>) &&
+                             (kN == 64 || kN == 80 || kN == 96 || kN == 128);
+
+// d (64 x kN) = a (64 x 16) b^T, or gains it: a and b, kN rows, in shared memory.
 template <typename T, int kN>
 __device__ inline void wgmma_ss(float (&r_d)[kN / 8][4], SharedMatrix a, SharedMatrix b, bool add) {
+  static_assert(kMultiplies<T, kN>, "wgmma of bfloat16 or float16 and so many columns");
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  static_assert(kBf16 || std::is_same_v<T, __half>, "wgmma of bfloat16 or float16");
-  static_assert(kN == 64 || kN == 128, "columns of a product");
 #if defined(FASTGPT_EMULATED)
   emulator::wgmma_ss(&r_d[0][0], kN, a, b, add, kBf16);
 #else
-  if constexpr (kBf16 && kN == 64) {
-    FASTGPT_WGMMA_SS_64("bf16");
-  } else if constexpr (kBf16) {
-    FASTGPT_WGMMA_SS_128("bf16");
-  } else if constexpr (kN == 64) {
-    FASTGPT_WGMMA_SS_64("f16");
-  } else {
-    FASTGPT_WGMMA_SS_128("f16");
-  }
+  FASTGPT_WGMMA_OF(FASTGPT_WGMMA_SS, "0, 0")
 #endif
 }
 
-// d (64 x kN) += a (64 x 16) b: a in registers, b 16 rows of kN columns in shared memory.
-template <typename T, int kN>
-__device__ inline void wgmma_rs(float (&r_d)[kN / 8][4], const uint32_t (&r_a)[4], SharedMatrix b) {
+// d (64 x kN) = a (64 x 16) b, or gains it: a in registers, b, 16 rows of kN columns, in shared
+// memory; kTransposed: a b^T, b kN rows.
+template <typename T, int kN, bool kTransposed = false>
+__device__ inline void wgmma_rs(float (&r_d)[kN / 8][4], const uint32_t (&r_a)[4], SharedMatrix b,
+                                bool add) {
+  static_assert(kMultiplies<T, kN>, "wgmma of bfloat16 or float16 and so many columns");
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  static_assert(kBf16 || std::is_same_v<T, __half>, "wgmma of bfloat16 or float16");
-  static_assert(kN == 64 || kN == 128, "columns of a product");
 #if defined(FASTGPT_EMULATED)
-  emulator::wgmma_rs(&r_d[0][0], kN, r_a, b, kBf16);
+  emulator::wgmma_rs(&r_d[0][0], kN, r_a, b, kTransposed, add, kBf16);
 #else
-  if constexpr (kBf16 && kN == 64) {
-    FASTGPT_WGMMA_RS_64("bf16");
-  } else if constexpr (kBf16) {
-    FASTGPT_WGMMA_RS_128("bf16");
-  } else if constexpr (kN == 64) {
-    FASTGPT_WGMMA_RS_64("f16");
+  if constexpr (kTransposed) {
+    FASTGPT_WGMMA_OF(FASTGPT_WGMMA_RS, "0")
   } else {
-    FASTGPT_WGMMA_RS_128("f16");
+    FASTGPT_WGMMA_OF(FASTGPT_WGMMA_RS, "1")
   }
 #endif
 }

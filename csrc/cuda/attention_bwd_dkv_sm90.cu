@@ -1,0 +1,191 @@
+// dk and dv of attention for Hopper's warpgroups: what attention_bwd_dkv.cu computes, for heads of
+// up to 128 elements of 16 bits without features.
+//
+// A block takes 64 keys for each warpgroup and walks the query heads that share them and the tiles
+// of queries; scores are (keys, queries), so that P^T and dS^T are factors in registers. The
+// product v dout^T runs under the exponentials of k q^T, p^T dout under dS, ds^T q under the
+// products of the next tile.
+#include "csrc/cuda/attention_bwd.cuh"
+#include "csrc/cuda/attention_warpgroup.cuh"
+
+namespace fastgpt::cuda {
+namespace {
+
+template <int kD>
+struct WarpgroupDkv {
+  static constexpr int kGroups = 2;
+  static constexpr int kQueries = 64;
+  static constexpr int kStages = 3;
+  static constexpr int kThreads = kGroups * kWarpgroup;
+  static constexpr int kKeys = kGroups * kGroupRows;
+  using Keys = PanelTile<kKeys, kD>;
+  using Queries = PanelTile<kQueries, kD>;
+  static constexpr int kSharedBytes =
+      2 * Keys::kBytes + kStages * (2 * Queries::kBytes + 2 * kQueries * 4);
+};
+
+template <typename T, int kD>
+__global__ void __launch_bounds__(WarpgroupDkv<kD>::kThreads, 1)
+    attention_bwd_dkv_sm90_kernel(Bwd p) {
+  using Tile = WarpgroupDkv<kD>;
+  using Queries = typename Tile::Queries;
+  constexpr int kQueries = Tile::kQueries, kN = kQueries / 8, kThreads = Tile::kThreads;
+  FASTGPT_DYNAMIC_SHARED(shared);
+  T* s_k = reinterpret_cast<T*>(shared);
+  T* s_v = s_k + Tile::Keys::kElements;
+  T* s_q = s_v + Tile::Keys::kElements;
+  T* s_dout = s_q + Tile::kStages * Queries::kElements;
+  float* s_statistics = reinterpret_cast<float*>(s_dout + Tile::kStages * Queries::kElements);
+  const Lane at;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, own = warp * 16;
+  const int group_row = warp / 4 * kGroupRows;
+
+  const AttentionProblem& problem = p.problem;
+  const AttentionInputs& in = problem.in;
+  const bool packed = problem.g_cu_seqlens_q != nullptr;
+  const int d = problem.d, hk = problem.hk, group = problem.h / hk;
+  const int tiles = (problem.sk + Tile::kKeys - 1) / Tile::kKeys;
+  // The first keys are seen by the most queries.
+  const Place place =
+      place_of(tiles, static_cast<int>(gridDim.x) / tiles, problem.sq, d, problem.window > 0);
+  const int z = place.y / hk, key_head = place.y % hk, n0 = place.tile * Tile::kKeys;
+  const Sequence keys = sequence_of(problem.g_cu_seqlens_k, z, problem.b, in.k.size[2], problem.sk);
+  T* g_dk = rows_of<T>(p.dk, packed, z, key_head, keys.first);
+  T* g_dv = rows_of<T>(p.dv, packed, z, key_head, keys.first);
+  const int64_t dk_s = p.dk.stride[2], dv_s = p.dv.stride[2];
+  if (z == problem.b) {  // tokens that no document has
+    for (int first = n0; first < keys.count; first += tiles * Tile::kKeys) {
+      const int count = min(keys.count - first, Tile::kKeys);
+      clear_rows(g_dk + first * dk_s, dk_s, count, d);
+      clear_rows(g_dv + first * dv_s, dv_s, count, d);
+    }
+    return;
+  }
+  if (n0 >= keys.count) return;
+  const Sequence queries =
+      sequence_of(problem.g_cu_seqlens_q, z, problem.b, in.q.size[2], problem.sq);
+  const int sq = queries.count;
+
+  const Band band(problem, sq, keys.count);
+  const Walk walk = band.queries(n0, min(n0 + Tile::kKeys, keys.count), sq, kQueries, false);
+  const int steps = walk.count * group;
+  const auto load_queries = [&](int step) {
+    if (step < steps) {
+      const int stage = step % Tile::kStages;
+      const int head = key_head * group + step / walk.count, m0 = walk.at(step % walk.count);
+      const int64_t statistics = statistics_at(problem, z, head, queries.first) + m0;
+      const int64_t q_s = in.q.stride[2], dout_s = p.dout.stride[2];
+      // What a query that sees no key holds must not be met.
+      const auto alive = [&](int row) { return m0 + row < sq && band.sees_any(m0 + row); };
+      Queries::template load<kThreads>(
+          s_q + stage * Queries::kElements,
+          rows_of<const T>(in.q, packed, z, head, queries.first) + m0 * q_s, q_s, d, p.direct_q,
+          alive);
+      Queries::template load<kThreads>(
+          s_dout + stage * Queries::kElements,
+          rows_of<const T>(p.dout, packed, z, head, queries.first) + m0 * dout_s, dout_s, d,
+          p.direct_dout, alive);
+      const int row = static_cast<int>(threadIdx.x);
+      if (row < kQueries) {
+        float* s_lse2 = s_statistics + stage * 2 * kQueries;
+        const bool inside = m0 + row < sq;
+        s_lse2[row] = inside ? p.g_lse2[statistics + row] : INFINITY;
+        s_lse2[kQueries + row] = inside ? p.g_delta[statistics + row] : 0.0f;
+      }
+    }
+    commit_copies();
+  };
+
+  float r_dk[1][kD / 8][4], r_dv[1][kD / 8][4], r_s[kN][4], r_dp[kN][4];
+  uint32_t r_factors[kQueries / 16][4];  // P^T, then dS^T
+  clear(r_dk);
+  clear(r_dv);
+  if (steps > 0) {
+    const auto alive = [&](int row) { return n0 + row < keys.count; };
+    Tile::Keys::template load<kThreads>(
+        s_k, rows_of<const T>(in.k, packed, z, key_head, keys.first + n0), in.k.stride[2], d,
+        p.direct_k, alive);
+    Tile::Keys::template load<kThreads>(
+        s_v, rows_of<const T>(in.v, packed, z, key_head, keys.first + n0), in.v.stride[2], d,
+        p.direct_v, alive);
+    load_queries(0);
+    for (int step = 0; step < steps; ++step) {
+      wait_copies<0>();
+      fence_shared();
+      __syncthreads();         // this tile is here, and the last but one has been read
+      load_queries(step + 1);  // in the place of the last but one
+      const int stage = step % Tile::kStages;
+      const T* s_own_q = s_q + stage * Queries::kElements;
+      const T* s_own_dout = s_dout + stage * Queries::kElements;
+      const float* s_lse2 = s_statistics + stage * 2 * kQueries;
+      wgmma_begin();
+      issue_transposed<Tile::kKeys, kQueries, kD>(r_s, s_k, group_row, s_own_q);
+      wgmma_commit();
+      issue_transposed<Tile::kKeys, kQueries, kD>(r_dp, s_v, group_row, s_own_dout);
+      wgmma_commit();
+      wgmma_wait<1>();
+      hold(r_s);
+      const bool edge = walk.edge(step % walk.count);
+      const int m0 = walk.at(step % walk.count);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const float2 lse2 = *reinterpret_cast<const float2*>(s_lse2 + at.column(n, 0));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& s = r_s[n][e];
+          s = fmaf(s, p.scale, e % 2 == 0 ? -lse2.x : -lse2.y);
+          if (edge && !band.sees(m0 + at.column(n, e), n0 + own + at.row(0, e))) s = -INFINITY;
+          s = exp2_approx(s);
+        }
+      }
+      round_to_factors<T>(r_factors, r_s);
+      hold(r_dv[0]);
+      wgmma_begin();
+      issue<kQueries, kD>(r_dv[0], r_factors, s_own_dout);
+      wgmma_commit();
+      wgmma_wait<1>();
+      hold(r_dp);
+      hold(r_dk[0]);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const float2 delta = *reinterpret_cast<const float2*>(s_lse2 + kQueries + at.column(n, 0));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          r_dp[n][e] = r_s[n][e] * (r_dp[n][e] - (e % 2 == 0 ? delta.x : delta.y));
+        }
+      }
+      wgmma_wait<0>();
+      hold(r_dv[0]);
+      round_to_factors<T>(r_factors, r_dp);
+      wgmma_begin();
+      issue<kQueries, kD>(r_dk[0], r_factors, s_own_q);
+      wgmma_commit();
+    }
+    wgmma_wait<0>();
+    hold(r_dk[0]);
+    __syncthreads();  // the keys and values have been read
+  }
+  scale_by(r_dk, in.scale);
+  scale_by(r_dv, p.rescale);
+  const int first = n0 + own, count = keys.count - first;
+  store_rows<kD>(r_dk, 0, s_k + own * kD, g_dk + first * dk_s, dk_s, count, d);
+  store_rows<kD>(r_dv, 0, s_v + own * kD, g_dv + first * dv_s, dv_s, count, d);
+}
+
+}  // namespace
+
+void attention_bwd_dkv_sm90(const Bwd& p, void* stream) {
+  visit_warpgroup_type(p.problem, [&](auto type) {
+    visit_warpgroup_width(p.problem.d, [&](auto width) {
+      using T = typename decltype(type)::type;
+      constexpr int kD = decltype(width)::kValue;
+      using Tile = WarpgroupDkv<kD>;
+      const int64_t tiles = (p.problem.sk + Tile::kKeys - 1) / Tile::kKeys;
+      launch(attention_bwd_dkv_sm90_kernel<T, kD>,
+             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.hk)), dim3(Tile::kThreads),
+             Tile::kSharedBytes, stream, p);
+    });
+  });
+}
+
+}  // namespace fastgpt::cuda

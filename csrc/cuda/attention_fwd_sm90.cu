@@ -1,0 +1,185 @@
+// The forward of attention for Hopper's warpgroups: what attention_fwd.cu computes, for heads of up
+// to 128 elements of 16 bits without features.
+//
+// A block takes 64 queries for each warpgroup, which keeps them in registers, and walks the tiles
+// of keys, edges first. The product q k^T of the next tile runs under the softmax of this one, and
+// p v under both; copies are three tiles ahead. Source: Shah et al. 2024,
+// https://arxiv.org/abs/2407.08608 (the overlap within a warpgroup).
+#include "csrc/cuda/attention_fwd.cuh"
+#include "csrc/cuda/attention_warpgroup.cuh"
+
+namespace fastgpt::cuda {
+namespace {
+
+template <int kD>
+struct WarpgroupFwd {
+  static constexpr int kGroups = 2;
+  static constexpr int kKeys = kD <= 64 ? 128 : 64;
+  static constexpr int kStages = 3;
+  static constexpr int kThreads = kGroups * kWarpgroup;
+  static constexpr int kQueries = kGroups * kGroupRows;
+  using Queries = PanelTile<kQueries, kD>;
+  using Keys = PanelTile<kKeys, kD>;
+  static constexpr int kSharedBytes = Queries::kBytes + 2 * kStages * Keys::kBytes;
+};
+
+template <typename T, int kD>
+__global__ void __launch_bounds__(WarpgroupFwd<kD>::kThreads, 1) attention_fwd_sm90_kernel(Fwd p) {
+  using Tile = WarpgroupFwd<kD>;
+  using Keys = typename Tile::Keys;
+  constexpr int kKeys = Tile::kKeys, kN = kKeys / 8, kThreads = Tile::kThreads;
+  FASTGPT_DYNAMIC_SHARED(shared);
+  T* s_q = reinterpret_cast<T*>(shared);
+  T* s_k = s_q + Tile::Queries::kElements;
+  T* s_v = s_k + Tile::kStages * Keys::kElements;
+  const Lane at;
+  const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
+
+  const FwdRows<T> rows(p, Tile::kQueries);
+  if (!rows.any) return;
+  const AttentionInputs& in = p.problem.in;
+  const int m0 = rows.m0, sq = rows.queries, d = p.problem.d;
+  const Band band(p.problem, sq, rows.keys);
+  const Walk walk = band.keys(m0, min(m0 + Tile::kQueries, sq), kKeys, false);
+  const auto load_keys = [&](T* s_tiles, const T* g_rows, int64_t stride, int t, bool direct) {
+    if (t >= walk.count) return;
+    const int n0 = walk.at(t);
+    Keys::template load<kThreads>(s_tiles + t % Tile::kStages * Keys::kElements,
+                                  g_rows + n0 * stride, stride, d, direct,
+                                  [&](int row) { return n0 + row < rows.keys; });
+  };
+  // Group t: the keys of tile t, the values of the tile before it.
+  const auto load_group = [&](int t) {
+    load_keys(s_k, rows.g_k, in.k.stride[2], t, p.direct_k);
+    if (t > 0) load_keys(s_v, rows.g_v, in.v.stride[2], t - 1, p.direct_v);
+    commit_copies();
+  };
+
+  float r_rows[1][kD / 8][4], r_s[kN][4], r_top[2], r_sum[2], r_decay[2];
+  float (&r_out)[kD / 8][4] = r_rows[0];
+  uint32_t r_q[kD / 16][4], r_p[kKeys / 16][4];
+  clear(r_rows);
+  r_top[0] = r_top[1] = -INFINITY;
+  r_sum[0] = r_sum[1] = 0.0f;
+
+  // Scores become probabilities; r_decay is what the sums before them are multiplied by.
+  const auto softmax = [&](int t) {
+    if (walk.edge(t)) {
+      const int n0 = walk.at(t);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = m0 + own + at.row(0, 2 * i), low = band.low(row), high = band.high(row);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int column = n0 + at.column(n, j);
+            if (column < low || column > high) r_s[n][2 * i + j] = -INFINITY;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(r_s[n][2 * i], r_s[n][2 * i + 1]));
+      top = fmaxf(r_top[i], warp_max<4>(top) * p.scale);
+      const float base = top == -INFINITY ? 0.0f : top;
+      r_decay[i] = exp2_approx(r_top[i] - base);
+      r_top[i] = top;
+      float sum = r_sum[i] * r_decay[i];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& s = r_s[n][2 * i + j];
+          s = exp2_approx(fmaf(s, p.scale, -base));
+          sum += s;
+        }
+      }
+      r_sum[i] = sum;
+    }
+  };
+
+  if (walk.count > 0) {
+    Tile::Queries::template load<kThreads>(s_q, rows.g_q, in.q.stride[2], d, p.direct_q,
+                                           [&](int row) { return m0 + row < sq; });
+    for (int t = 0; t < Tile::kStages; ++t) load_group(t);
+    wait_copies<Tile::kStages - 1>();
+    fence_shared();
+    __syncthreads();
+    Tile::Queries::factors(r_q, s_q, own);
+    wgmma_begin();
+    issue_transposed<kKeys, kD>(r_s, r_q, s_k);
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold(r_s);
+    softmax(0);
+    round_to_factors<T>(r_p, r_s);
+    for (int t = 1; t < walk.count; ++t) {
+      wait_copies<1>();
+      fence_shared();
+      __syncthreads();  // group t is here, and the tiles of the last round have been read
+      load_group(t + 2);
+      hold(r_out);
+      wgmma_begin();
+      issue_transposed<kKeys, kD>(r_s, r_q, s_k + t % Tile::kStages * Keys::kElements);
+      wgmma_commit();
+      issue<kKeys, kD>(r_out, r_p, s_v + (t - 1) % Tile::kStages * Keys::kElements);
+      wgmma_commit();
+      wgmma_wait<1>();
+      hold(r_s);
+      softmax(t);
+      wgmma_wait<0>();
+      hold(r_out);
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) r_out[n][e] *= r_decay[e / 2];
+      }
+      round_to_factors<T>(r_p, r_s);
+    }
+    wait_copies<0>();
+    fence_shared();
+    __syncthreads();
+    hold(r_out);
+    wgmma_begin();
+    issue<kKeys, kD>(r_out, r_p, s_v + (walk.count - 1) % Tile::kStages * Keys::kElements);
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold(r_out);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float sum = warp_sum<4>(r_sum[i]);
+    const float all = sum == 0.0f ? 1.0f : sum;  // no key was seen: the output is 0
+    const int row = m0 + own + at.row(0, 2 * i);
+    if (at.pair == 0 && row < sq) rows.g_lse[row] = (r_top[i] + log2f(all)) * kLn2;
+    const float inverse = 1.0f / all;
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+      r_out[n][2 * i] *= inverse;
+      r_out[n][2 * i + 1] *= inverse;
+    }
+  }
+  rows.template store<kD>(r_rows, s_q + own * kD, own, p);
+}
+
+}  // namespace
+
+void attention_fwd_sm90(const Fwd& p, void* stream) {
+  visit_warpgroup_type(p.problem, [&](auto type) {
+    visit_warpgroup_width(p.problem.d, [&](auto width) {
+      using T = typename decltype(type)::type;
+      constexpr int kD = decltype(width)::kValue;
+      using Tile = WarpgroupFwd<kD>;
+      const int64_t tiles = (p.problem.sq + Tile::kQueries - 1) / Tile::kQueries;
+      launch(attention_fwd_sm90_kernel<T, kD>,
+             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(Tile::kThreads),
+             Tile::kSharedBytes, stream, p);
+    });
+  });
+}
+
+}  // namespace fastgpt::cuda

@@ -1,0 +1,112 @@
+// What the attention kernels for warpgroups (sm_90a) do with a tile: rows of a head in panels of 64
+// columns, as wgmma.cuh wants them, and products on them. A warpgroup computes 64 rows, each of its
+// warps 16: accumulators r[n][e] as in attention_tile.cuh with kM = 1.
+#pragma once
+
+#include "csrc/cuda/attention_tile.cuh"
+#include "csrc/cuda/wgmma.cuh"
+
+namespace fastgpt::cuda {
+
+constexpr int kGroupRows = 64;
+
+// A tile of kRows rows of kD elements of 16 bits.
+template <int kRows, int kD>
+struct PanelTile {
+  static_assert(kD % 16 == 0 && kRows % 16 == 0, "a product takes 16 columns or rows at once");
+  static constexpr int kPanels = (kD + kPanelColumns - 1) / kPanelColumns;
+  static constexpr int kPanelElements = kRows * kPanelColumns;
+  static constexpr int kElements = kPanels * kPanelElements;
+  static constexpr int kBytes = 2 * kElements;
+
+  template <typename T>
+  __device__ static T* chunk(T* s_tile, int row, int chunk) {
+    return s_tile + chunk / 8 * kPanelElements + swizzled<8>(row, chunk % 8) * 8;
+  }
+  // Columns 16 step on, from `row` on (a multiple of 8): a factor whose rows are those of the tile.
+  template <typename T>
+  __device__ static SharedMatrix columns(const T* s_tile, int row, int step) {
+    const T* s_first = s_tile + step / 4 * kPanelElements + row * kPanelColumns + step % 4 * 16;
+    return shared_matrix(s_first, kChunkBytes);
+  }
+  // Rows 16 step on: a factor whose columns are those of the tile.
+  template <typename T>
+  __device__ static SharedMatrix rows(const T* s_tile, int step) {
+    return shared_matrix(s_tile + step * 16 * kPanelColumns, 2 * kPanelElements);
+  }
+
+  // By all kThreads of the block, as load_rows().
+  template <int kThreads, typename T, typename F>
+  __device__ static void load(T* s_tile, const T* g_rows, int64_t stride, int d, bool direct,
+                              const F& alive) {
+    load_rows_to<T, kD, kRows, kThreads>([&](int row, int at) { return chunk(s_tile, row, at); },
+                                         g_rows, stride, d, direct, alive);
+  }
+  // The 16 rows of a warp, from `row` on, as first factors in registers.
+  template <typename T>
+  __device__ static void factors(uint32_t (&r_a)[kD / 16][4], const T* s_tile, int row) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+    for (int step = 0; step < kD / 16; ++step) {
+      load_matrices<4>(r_a[step], chunk(s_tile, row + lane % 16, 2 * step + lane / 16));
+    }
+  }
+};
+
+// r = a b^T: a in registers, b the kRows rows of a tile.
+template <int kRows, int kD, typename T>
+__device__ inline void issue_transposed(float (&r)[kRows / 8][4], const uint32_t (&r_a)[kD / 16][4],
+                                        const T* s_b) {
+#pragma unroll
+  for (int step = 0; step < kD / 16; ++step) {
+    wgmma_rs<T, kRows, true>(r, r_a[step], PanelTile<kRows, kD>::columns(s_b, 0, step), step > 0);
+  }
+}
+
+// r = a b^T: a the warpgroup's 64 rows, from `row` on, of a tile of kRowsA rows.
+template <int kRowsA, int kRows, int kD, typename T>
+__device__ inline void issue_transposed(float (&r)[kRows / 8][4], const T* s_a, int row,
+                                        const T* s_b) {
+#pragma unroll
+  for (int step = 0; step < kD / 16; ++step) {
+    wgmma_ss<T, kRows>(r, PanelTile<kRowsA, kD>::columns(s_a, row, step),
+                       PanelTile<kRows, kD>::columns(s_b, 0, step), step > 0);
+  }
+}
+
+// r += p b: p in registers, b a tile of kRows rows.
+template <int kRows, int kD, typename T>
+__device__ inline void issue(float (&r)[kD / 8][4], const uint32_t (&r_p)[kRows / 16][4],
+                             const T* s_b) {
+#pragma unroll
+  for (int step = 0; step < kRows / 16; ++step) {
+    wgmma_rs<T, kD>(r, r_p[step], PanelTile<kRows, kD>::rows(s_b, step), true);
+  }
+}
+
+// Accumulators, rounded to T, as first factors.
+template <typename T, int kN>
+__device__ inline void round_to_factors(uint32_t (&r_a)[kN / 2][4], const float (&r)[kN][4]) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    r_a[n / 2][n % 2 * 2] = pack_pair<T>(r[n][0], r[n][1]);
+    r_a[n / 2][n % 2 * 2 + 1] = pack_pair<T>(r[n][2], r[n][3]);
+  }
+}
+
+// f(Type<T>) with the type of the elements, which has 16 bits.
+template <typename F>
+void visit_warpgroup_type(const AttentionProblem& problem, const F& f) {
+  problem.in.q.dtype == DType::bf16 ? f(Type<__nv_bfloat16>{}) : f(Type<__half>{});
+}
+
+// f(Constant<width>) with the width of the tiles for heads of d elements.
+template <typename F>
+void visit_warpgroup_width(int d, const F& f) {
+  if (d <= 64) return f(Constant<64>{});
+  if (d <= 80) return f(Constant<80>{});
+  if (d <= 96) return f(Constant<96>{});
+  f(Constant<128>{});
+}
+
+}  // namespace fastgpt::cuda
