@@ -8,7 +8,7 @@
 #else
 // Shared memory by these macros only: for a CPU compiler __shared__ means nothing.
 #define FASTGPT_SHARED(type, name, count) __shared__ __align__(16) type name[count]
-#define FASTGPT_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define FASTGPT_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 
 namespace fastgpt::cuda {
