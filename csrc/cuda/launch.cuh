@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -26,11 +27,27 @@ static inline unsigned grid_size(int64_t blocks) {
 }
 
 #if defined(FASTGPT_EMULATED)
+using emulator::compute_capability;
 using emulator::launch;
 #else
 static inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string("fastgpt: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// Of the current device, 10 major + minor. Asked of each device once.
+static inline int compute_capability() {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0;
+  check(cudaGetDevice(&device), "the current device");
+  if (device < kDevices && known[device] != 0) return known[device];
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "a device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "a device");
+  const int capability = 10 * major + minor;
+  if (device < kDevices) known[device] = capability;
+  return capability;
 }
 
 template <typename... Params, typename... Args>

@@ -38,6 +38,7 @@ void* arguments_of_kernel;
 std::string failure;
 std::vector<const void*> failure_pcs;
 
+int capability = 80;
 unsigned schedule = 0;
 uint64_t random_state;
 
@@ -210,6 +211,14 @@ void fail(std::string text, std::initializer_list<const void*> pcs) {
 
 std::string thread_name(const Thread& t) {
   return "thread " + std::to_string(t.id);
+}
+
+int compute_capability() {
+  return capability;
+}
+
+void set_compute_capability(int wanted) {
+  capability = wanted;
 }
 
 void set_schedule(unsigned wanted) {

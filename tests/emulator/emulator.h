@@ -54,6 +54,11 @@ struct Memory {
   ~Memory();
 };
 
+// Of the device that is emulated, 80 to begin with: which kernels the host chooses, and whether
+// they may use wgmma, which 90 has.
+int compute_capability();
+void set_compute_capability(int capability);
+
 // The order of threads in the next launches: 0 ascending, 1 descending, others random. Every launch
 // takes the next one, unless FASTGPT_EMULATOR_SCHEDULE names one for all.
 void set_schedule(unsigned schedule);

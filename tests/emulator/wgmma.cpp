@@ -281,6 +281,11 @@ void issue(void* const* operands, unsigned) {
   Warp& w = warps[warp];
   const Operand& o = *static_cast<Operand*>(operands[0]);
   const Thread& t = block.thread[warp * kLanes];
+  if (compute_capability() != 90) {
+    fail(thread_name(t) + " multiplies at % by wgmma, which compute capability " +
+             std::to_string(compute_capability()) + " does not have",
+         {t.pc});
+  }
   require_together(w, operands, warp);
   ++w.issued;
   if (!w.begun) {
