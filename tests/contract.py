@@ -358,7 +358,7 @@ def grid(spec: OpSpec) -> list[Any]:
     Triton's interpreter and the emulator take seconds a case: of float16, which differs from
     bfloat16 in its conversions alone, they get every third.
     """
-    slow = {"cuda_emulated", "triton"} if triton.interpreted() else {"cuda_emulated"}
+    slow = {"cuda_emulated", "cuda_emulated_sm90", *(["triton"] if triton.interpreted() else [])}
     return [
         pytest.param(backend, dtype, case, id=f"{backend}-{str(dtype)[6:]}-{case.id}")
         for backend, cell in dispatch.TABLE[spec.op].items()

@@ -27,6 +27,7 @@ static inline unsigned grid_size(int64_t blocks) {
 }
 
 #if defined(FASTGPT_EMULATED)
+using emulator::compute_capability;
 using emulator::launch;
 #else
 static inline void check(cudaError_t status, const char* what) {
@@ -34,18 +35,19 @@ static inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string("fastgpt: ") + what + ": " + cudaGetErrorString(status));
 }
 
-// Of the current device, as 90 for 9.0.
+// Of the current device, 10 major + minor. Asked of each device once.
 static inline int compute_capability() {
-  constexpr int kMostDevices = 64;
-  static std::atomic<int> known[kMostDevices];  // 0: not asked yet
-  int device = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device), "current device");
-  const bool remembered = device < kMostDevices;
-  if (remembered && known[device] != 0) return known[device];
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "capability");
-  if (remembered) known[device] = 10 * major + minor;
-  return 10 * major + minor;
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0;
+  check(cudaGetDevice(&device), "the current device");
+  if (device < kDevices && known[device] != 0) return known[device];
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "a device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "a device");
+  const int capability = 10 * major + minor;
+  if (device < kDevices) known[device] = capability;
+  return capability;
 }
 
 template <typename... Params, typename... Args>

@@ -38,6 +38,7 @@ void* arguments_of_kernel;
 std::string failure;
 std::vector<const void*> failure_pcs;
 
+int capability = 80;
 unsigned schedule = 0;
 uint64_t random_state;
 
@@ -130,6 +131,7 @@ void run_thread() {
   kernel_of_block(arguments_of_kernel);
   Thread& self = *current;
   check_no_copies(self);
+  check_no_products(self);
   not_ready(self, Thread::done);
   if (--running == 0) leave_block();
   run_next();
@@ -161,6 +163,7 @@ void require_same(const Thread& first, const Thread& second) {
 void run_block(uint3 index, size_t shared_bytes, size_t argument_bytes) {
   block.index = index;
   begin_block(shared_bytes, arguments_of_kernel, argument_bytes);
+  begin_products();
   running = block.threads;
   arrived = agreeing = ready_warps = 0;
   for (unsigned w = 0; w < block.warps; ++w) warp_of[w].ready = warp_of[w].gatherings = 0;
@@ -174,6 +177,7 @@ void run_block(uint3 index, size_t shared_bytes, size_t argument_bytes) {
     t.stack_pointer = fresh_stack(i, run_thread);
     t.group = 0;
     t.copies.clear();
+    t.fences.clear();
     set_ready(t.warp, 1u << t.lane);
   }
   const unsigned warp = choose(ready_warps);
@@ -207,6 +211,14 @@ void fail(std::string text, std::initializer_list<const void*> pcs) {
 
 std::string thread_name(const Thread& t) {
   return "thread " + std::to_string(t.id);
+}
+
+int compute_capability() {
+  return capability;
+}
+
+void set_compute_capability(int wanted) {
+  capability = wanted;
 }
 
 void set_schedule(unsigned wanted) {

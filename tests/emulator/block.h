@@ -22,6 +22,12 @@ struct AsyncCopy {
   const void* pc;
 };
 
+// A fence_shared(): when it was called.
+struct Fence {
+  uint64_t barrier;
+  uint32_t clock;
+};
+
 struct Thread {
   enum State { ready, waiting, done };
 
@@ -36,6 +42,7 @@ struct Thread {
   void* operand;
   std::vector<AsyncCopy> copies;
   unsigned group;  // the number that the next commit gives
+  std::vector<Fence> fences;
 };
 
 struct Block {
@@ -66,8 +73,16 @@ void begin_block(size_t dynamic_bytes, const void* arguments, size_t argument_by
 void order_block();                              // what came before is known to every thread
 void order_lanes(unsigned warp, unsigned mask);  // ... of these lanes, to these lanes
 void read_row(const Thread& t, const void* s_row, const void* pc);  // for its whole warp
+// A wgmma of the warp reads a chunk, and nobody may write there, from its issue to the wait for it.
+void begin_reading(const Thread& t, const void* s_chunk, const void* pc);
+void end_reading(const Thread& t, const void* s_chunk, const void* pc);
 void check_no_copies(const Thread& t);
 void touch(const void* address, size_t bytes, bool write, const void* pc);
+
+// ---- wgmma.cpp ----
+
+void begin_products();
+void check_no_products(const Thread& t);
 
 // ---- stacks.cpp ----
 

@@ -1,13 +1,14 @@
 // The emulator: CUDA kernels on the CPU, one fiber a thread, one block after another.
 //
-// Modelled: barriers, shuffles, votes, cp.async, ldmatrix, mma, shared memory. What the hardware
-// leaves open is made to hurt: memory begins as NaN, a copy arrives only when it is waited for,
-// each launch has another order of threads. Reported: races on shared memory, accesses out of
-// bounds or misaligned, collectives that not all threads reach. Every report is an exception of the
+// Modelled: barriers, shuffles, votes, cp.async, ldmatrix, mma, wgmma, shared memory. What the
+// hardware leaves open is made to hurt: memory begins as NaN, a copy arrives only when it is waited
+// for, a wgmma is computed only then, each launch has another order of threads. Reported: races on
+// shared memory, accesses out of bounds or misaligned, collectives that not all threads reach, and
+// what wgmma reads that no fence_shared() made visible to it. Every report is an exception of the
 // launch. Not modelled: races through global memory; blocks that run at once; instructions of a
 // warp in step (bank conflicts of plain accesses are not counted); the hardware's order of
-// summation within an mma, and its approximations other than flushing to zero; limits of registers
-// and of time.
+// summation within an mma, and its approximations other than flushing to zero; changes to the
+// registers that a wgmma reads as a; limits of registers and of time.
 #pragma once
 
 #include <vector_types.h>
@@ -53,6 +54,11 @@ struct Memory {
   ~Memory();
 };
 
+// Of the device that is emulated, 80 to begin with: which kernels the host chooses, and whether
+// they may use wgmma, which 90 has.
+int compute_capability();
+void set_compute_capability(int capability);
+
 // The order of threads in the next launches: 0 ascending, 1 descending, others random. Every launch
 // takes the next one, unless FASTGPT_EMULATOR_SCHEDULE names one for all.
 void set_schedule(unsigned schedule);
@@ -93,6 +99,20 @@ void wait_copies(int groups);
 void load_matrices(uint32_t* r, int count, bool transposed, const void* s_row);
 void mma_16x8x16(float* r_d, const uint32_t* r_a, const uint32_t* r_b, bool bf16);
 void mma_16x8x8_tf32(float* r_d, const uint32_t* r_a, const uint32_t* r_b);
+
+// 16 columns or rows of a matrix in shared memory, as csrc/cuda/wgmma.cuh has it.
+struct SharedMatrix {
+  const void* s_first;
+  int panel_bytes;
+};
+void wgmma_begin();
+void wgmma_commit();
+void wgmma_wait(int groups);
+void fence_shared();
+void wgmma_ss(float* r_d, int n, SharedMatrix a, SharedMatrix b, bool add, bool bf16);
+void wgmma_rs(float* r_d, int n, const uint32_t* r_a, SharedMatrix b, bool transposed, bool add,
+              bool bf16);
+
 uint32_t to_tf32(float x);
 float exp2_approx(float x);
 [[noreturn]] void trap();

@@ -6,3 +6,7 @@
 FASTGPT_EXPORT uint64_t fastgpt_emulator_take_bank_conflicts() {
   return fastgpt::emulator::take_bank_conflicts();
 }
+
+FASTGPT_EXPORT void fastgpt_emulator_set_compute_capability(int capability) {
+  fastgpt::emulator::set_compute_capability(capability);
+}

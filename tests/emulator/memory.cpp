@@ -24,13 +24,16 @@ struct Access {
   uint16_t bytes;  // of the chunk
   uint16_t thread;
   uint32_t clock;
+  uint32_t fences;  // that the thread had called
   const void* pc;
 };
 
 struct Chunk {
   uint64_t block = 0, barrier = 0;  // when it was last used
   uint16_t written = 0, in_flight = 0;
-  const void* copy_pc = nullptr;
+  uint32_t products = 0;  // of warps, that read it now
+  const void *copy_pc = nullptr, *product_pc = nullptr;
+  std::vector<Access> stores;  // the last to each byte
   // Since the barrier; later ones do not replace what they overlap.
   std::vector<Access> writes, reads;
   std::bitset<kMaxThreads> has_read;  // who is in `reads`
@@ -95,6 +98,8 @@ Chunk& chunk_at(size_t offset) {
   if (chunk.block != block_number) {
     chunk.block = block_number;
     chunk.written = chunk.in_flight = 0;
+    chunk.products = 0;
+    chunk.stores.clear();
   }
   if (chunk.barrier != barrier_number) {
     chunk.barrier = barrier_number;
@@ -125,20 +130,23 @@ void forget(std::vector<Access>& list, uint16_t bytes) {
 
 void remember(Chunk& chunk, const Thread& t, uint16_t bytes, bool write, const void* pc) {
   const uint32_t clock = known[t.id][t.id];
-  const Access access{bytes, static_cast<uint16_t>(t.id), clock, pc};
+  const Access access{bytes, static_cast<uint16_t>(t.id), clock,
+                      static_cast<uint32_t>(t.fences.size()), pc};
   if (write) {
     // Everything that it overlaps is ordered before it, so that it stands for all of that.
     forget(chunk.writes, bytes);
     forget(chunk.reads, bytes);
     chunk.written |= bytes;
     chunk.writes.push_back(access);
+    forget(chunk.stores, bytes);
+    chunk.stores.push_back(access);
     return;
   }
   if (chunk.has_read[t.id]) {
     // What comes after this read comes after the thread's earlier ones too.
     for (Access& a : chunk.reads) {
       if (a.thread != t.id || (a.clock != clock && (a.bytes & ~bytes) != 0)) continue;
-      a = {static_cast<uint16_t>(a.bytes | bytes), a.thread, clock, pc};
+      a = {static_cast<uint16_t>(a.bytes | bytes), a.thread, clock, access.fences, pc};
       return;
     }
   }
@@ -170,6 +178,11 @@ void touch_chunk(const Thread& t, size_t begin, size_t end, Kind kind, const voi
     fail(thread_name(t) + (write ? " writes " : " reads ") + bytes_at(end - begin, begin) +
              " at %, where a copy of % is still in flight",
          {pc, chunk.copy_pc});
+  }
+  if (write && chunk.products > 0) {
+    fail(thread_name(t) + " writes " + bytes_at(end - begin, begin) +
+             " at %, which a product of % still reads",
+         {pc, chunk.product_pc});
   }
   if (!write && (bytes & ~chunk.written)) {
     fail(thread_name(t) + " reads " + bytes_at(end - begin, begin) + " at %, which nobody wrote",
@@ -337,6 +350,41 @@ void read_row(const Thread& t, const void* s_row, const void* pc) {
   require_aligned(t, s_row, "ldmatrix", pc);
   if (!in_shared(s_row)) fail(thread_name(t) + ": ldmatrix outside of shared memory at %", {pc});
   touch_shared(t, offset_of(s_row), kChunk, Kind::read_by_warp, pc);
+}
+
+void begin_reading(const Thread& t, const void* s_chunk, const void* pc) {
+  if (!in_shared(s_chunk)) {
+    fail(thread_name(t) + " multiplies at % what is not in shared memory", {pc});
+  }
+  const size_t offset = offset_of(s_chunk);
+  touch_shared(t, offset, kChunk, Kind::read_by_warp, pc);
+  Chunk& chunk = chunk_at(offset);
+  for (const Access& store : chunk.stores) {
+    const std::vector<Fence>& fences = block.thread[store.thread].fences;
+    const bool fenced = store.fences < fences.size();
+    if (fenced) {
+      const Fence& fence = fences[store.fences];  // the first since
+      Access access = store;
+      access.clock = fence.clock;
+      if (fence.barrier < barrier_number || is_ordered(access, t, true)) continue;
+    }
+    fail(thread_name(t) + " multiplies " + bytes_at(kChunk, offset) + " at %, thread " +
+             std::to_string(store.thread) + " wrote there at %, and has called fence_shared() " +
+             (fenced ? "only after the barrier between the two" : "not since"),
+         {pc, store.pc});
+  }
+  ++chunk.products;
+  chunk.product_pc = pc;
+}
+
+void end_reading(const Thread& t, const void* s_chunk, const void* pc) {
+  touch_shared(t, offset_of(s_chunk), kChunk, Kind::read_by_warp, pc);
+  --chunk_at(offset_of(s_chunk)).products;
+}
+
+void fence_shared() {
+  Thread& t = *current;
+  t.fences.push_back({barrier_number, known[t.id][t.id]});
 }
 
 void copy_async(void* s_to, const void* g_from, int bytes) {

@@ -42,14 +42,16 @@ def test_primitives_on_the_gpu() -> None:
 
 
 def test_every_cuda_cell_is_emulated() -> None:
-    for row in dispatch.TABLE.values():
+    for op, row in dispatch.TABLE.items():
         assert row.get("cuda") == row.get(backend.NAME)
+        assert row.get(backend.NAME_SM90) == (row["cuda"] if op in backend.OPS_SM90 else None)
 
 
-def test_it_is_never_chosen_by_itself() -> None:
-    assert backend.NAME not in dispatch.BACKENDS
+@pytest.mark.parametrize("name", [backend.NAME, backend.NAME_SM90])
+def test_it_is_never_chosen_by_itself(name: str) -> None:
+    assert name not in dispatch.BACKENDS
     for op in dispatch.TABLE:
-        assert dispatch.pick(op, torch.randn(2, 3)) != backend.NAME
+        assert dispatch.pick(op, torch.randn(2, 3)) != name
 
 
 needs_library = pytest.mark.skipif(backend.missing() is not None, reason=str(backend.missing()))
@@ -69,13 +71,16 @@ def test_orders_of_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @needs_library
-def test_orders_of_threads_change_no_bit_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [backend.NAME, backend.NAME_SM90])
+def test_orders_of_threads_change_no_bit_of_attention(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v = (torch.randn(1, 2, 70, 64, dtype=torch.bfloat16) for _ in range(3))
     results = []
     for schedule in range(4):
         monkeypatch.setenv("FASTGPT_EMULATOR_SCHEDULE", str(schedule))
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        with fastgpt.backend(backend.NAME):
+        with fastgpt.backend(name):
             out = F.attention(*inputs, window=40)
             out.sum().backward()
         results.append([out, *(x.grad for x in inputs)])
@@ -84,12 +89,13 @@ def test_orders_of_threads_change_no_bit_of_attention(monkeypatch: pytest.Monkey
 
 
 @needs_library
+@pytest.mark.parametrize("name", [backend.NAME, backend.NAME_SM90])
 @pytest.mark.parametrize("d", [64, 80, 96, 128])
-def test_attention_reads_matrices_without_conflicts(d: int) -> None:
+def test_attention_reads_matrices_without_conflicts(d: int, name: str) -> None:
     """ldmatrix finds the eight rows of each matrix in different banks, at every native width."""
     backend.take_bank_conflicts()
     inputs = [torch.randn(1, 1, 40, d, dtype=torch.float16, requires_grad=True) for _ in range(3)]
-    with fastgpt.backend(backend.NAME):
+    with fastgpt.backend(name):
         F.attention(*inputs).sum().backward()
     assert backend.take_bank_conflicts() == 0
 

@@ -1,12 +1,11 @@
 // Collectives of a warp: what each does with the operands of its lanes, by the register layouts of
 // the PTX ISA (csrc/cuda/mma.cuh has them).
-#include <cuda_fp16.h>
-
 #include <cfloat>
 #include <cmath>
 #include <cstring>
 
 #include "tests/emulator/block.h"
+#include "tests/emulator/floats.h"
 
 namespace fastgpt::emulator {
 namespace {
@@ -30,25 +29,6 @@ struct MmaOperand {
   const uint32_t* a;
   const uint32_t* b;
 };
-
-struct HalfTable {
-  HalfTable() {
-    for (unsigned i = 0; i < 65536; ++i) {
-      value[i] = __half2float(__ushort_as_half(static_cast<uint16_t>(i)));
-    }
-  }
-  float value[65536];
-};
-const HalfTable halves;
-
-template <bool kBf16>
-float float_of(uint32_t bits) {
-  if (!kBf16) return halves.value[bits & 0xffffu];
-  bits <<= 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 float float_of_tf32(uint32_t bits) {
   bits &= 0xffffe000u;
