@@ -60,6 +60,7 @@ __device__ inline void load(const T* g_from, float (&r_to)[kCount]) {
 template <int kCount, typename T>
 __device__ inline void store_pack(T* g_to, const Pack<T, kCount>& pack) {
 #if defined(FASTGPT_EMULATED)
+  emulator::require_global(g_to);
   *reinterpret_cast<Pack<T, kCount>*>(g_to) = pack;
 #else
   constexpr int kBytes = sizeof(pack);

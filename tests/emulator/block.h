@@ -73,6 +73,7 @@ void begin_block(size_t dynamic_bytes, const void* arguments, size_t argument_by
 void order_block();                              // what came before is known to every thread
 void order_lanes(unsigned warp, unsigned mask);  // ... of these lanes, to these lanes
 void read_row(const Thread& t, const void* s_row, const void* pc);  // for its whole warp
+void require_shared(const Thread& t, const void* s_address, const char* what, const void* pc);
 // A wgmma of the warp reads a chunk, and nobody may write there, from its issue to the wait for it.
 void begin_reading(const Thread& t, const void* s_chunk, const void* pc);
 void end_reading(const Thread& t, const void* s_chunk, const void* pc);

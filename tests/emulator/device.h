@@ -157,6 +157,7 @@ inline float __frcp_rn(float x) {
 }
 template <typename T>
 T __ldg(const T* g_from) {
+  fastgpt::emulator::require_global(g_from);
   return *g_from;
 }
 

@@ -92,6 +92,9 @@ unsigned ballot(unsigned mask, bool predicate, Site site);
 enum class Shuffle { index, up, down, exclusive_or };
 uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int operand, int width, Site site);
 
+// For instructions that name an address space, of which a GPU takes no other.
+void require_global(const void* g_address);
+
 void copy_async(void* s_to, const void* g_from, int bytes);
 void commit_copies();
 void wait_copies(int groups);

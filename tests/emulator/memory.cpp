@@ -259,6 +259,18 @@ void require_aligned(const Thread& t, const void* address, const char* what, con
   fail(thread_name(t) + ": misaligned " + what + " at %: " + where + " is no multiple of 16", {pc});
 }
 
+const char* space_of(const void* address) {
+  return in_shared(address) ? "shared" : on_stacks(address) ? "local" : "global";
+}
+
+void require_space(const Thread& t, const void* address, const char* space, const char* what,
+                   const void* pc) {
+  if (std::strcmp(space_of(address), space) == 0) return;
+  fail(thread_name(t) + ": " + what + " at % is in " + space_of(address) + " memory, must be in " +
+           space,
+       {pc});
+}
+
 void land(const Thread& t, const AsyncCopy& copy) {
   touch_shared(t, offset_of(copy.s_to), kChunk, Kind::copy_landed, copy.pc);
   std::memset(copy.s_to, 0, kChunk);
@@ -346,16 +358,22 @@ unsigned char* dynamic_shared() {
   return arena;
 }
 
+void require_shared(const Thread& t, const void* s_address, const char* what, const void* pc) {
+  require_space(t, s_address, "shared", what, pc);
+}
+
+void require_global(const void* g_address) {
+  require_space(*current, g_address, "global", "a store or load of global memory", FASTGPT_PC);
+}
+
 void read_row(const Thread& t, const void* s_row, const void* pc) {
   require_aligned(t, s_row, "ldmatrix", pc);
-  if (!in_shared(s_row)) fail(thread_name(t) + ": ldmatrix outside of shared memory at %", {pc});
+  require_space(t, s_row, "shared", "a row of ldmatrix", pc);
   touch_shared(t, offset_of(s_row), kChunk, Kind::read_by_warp, pc);
 }
 
 void begin_reading(const Thread& t, const void* s_chunk, const void* pc) {
-  if (!in_shared(s_chunk)) {
-    fail(thread_name(t) + " multiplies at % what is not in shared memory", {pc});
-  }
+  require_space(t, s_chunk, "shared", "a matrix of a product", pc);
   const size_t offset = offset_of(s_chunk);
   touch_shared(t, offset, kChunk, Kind::read_by_warp, pc);
   Chunk& chunk = chunk_at(offset);
@@ -369,8 +387,9 @@ void begin_reading(const Thread& t, const void* s_chunk, const void* pc) {
       if (fence.barrier < barrier_number || is_ordered(access, t, true)) continue;
     }
     fail(thread_name(t) + " multiplies " + bytes_at(kChunk, offset) + " at %, thread " +
-             std::to_string(store.thread) + " wrote there at %, and has called fence_shared() " +
-             (fenced ? "only after the barrier between the two" : "not since"),
+             std::to_string(store.thread) + " wrote there at %, and has " +
+             (fenced ? "called fence_shared() only after the barrier between the two"
+                     : "not called fence_shared() since"),
          {pc, store.pc});
   }
   ++chunk.products;
@@ -395,7 +414,8 @@ void copy_async(void* s_to, const void* g_from, int bytes) {
   if (bytes < 0 || bytes > static_cast<int>(kChunk)) {
     fail(thread_name(t) + " copies " + std::to_string(bytes) + " bytes of a chunk at %", {pc});
   }
-  if (!in_shared(s_to)) fail(thread_name(t) + " copies to outside of shared memory at %", {pc});
+  require_space(t, s_to, "shared", "the destination of a copy", pc);
+  if (bytes > 0) require_space(t, g_from, "global", "the source of a copy", pc);
   if (bytes > 0) touch_global(t, g_from, static_cast<size_t>(bytes), false, pc);
   touch_shared(t, offset_of(s_to), kChunk, Kind::copy_issued, pc);
   std::memset(s_to, kPoison, kChunk);

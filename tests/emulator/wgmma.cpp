@@ -229,6 +229,7 @@ size_t take_accumulators(Warp& w, void* const* operands, unsigned warp) {
 }
 
 void require_panel(const Thread& t, const void* s_panel, const char* what) {
+  require_shared(t, s_panel, "a matrix of a product", t.pc);
   if (reinterpret_cast<uintptr_t>(s_panel) % kPanelAlignment == 0) return;
   fail(thread_name(t) + ": misaligned " + what + " of a product at %: offset " +
            std::to_string(reinterpret_cast<uintptr_t>(s_panel) % kPanelAlignment) +
