@@ -133,10 +133,13 @@ __global__ void __launch_bounds__(WarpgroupFwd<kD>::kThreads, 1) attention_fwd_s
       softmax(t);
       wgmma_wait<0>();
       hold(r_out);
+      // Beyond the first tiles maxima seldom rise.
+      if (__any_sync(kFullWarp, r_decay[0] != 1.0f || r_decay[1] != 1.0f)) {
 #pragma unroll
-      for (int n = 0; n < kD / 8; ++n) {
+        for (int n = 0; n < kD / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) r_out[n][e] *= r_decay[e / 2];
+          for (int e = 0; e < 4; ++e) r_out[n][e] *= r_decay[e / 2];
+        }
       }
       round_to_factors<T>(r_p, r_s);
     }
