@@ -48,10 +48,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "decode_attention_merge_kernel<.*>": "LDG.128",
     },
     "layer_norm": {
-        "(layer_norm_fwd_kernel" + PACKS + "|layer_norm_bwd_kernel<f32, f32, 4, .*>)": (
-            "LDG.128 STG.128"
-        ),
-        "layer_norm_bwd_kernel<b?f16, b?f16, 4, .*>": "LDG.64 STG.64",
+        "layer_norm_(fwd|bwd|bwd_long)_kernel" + PACKS: "LDG.128 STG.128",
+        "layer_norm_bwd_kernel<b?f16, b?f16, 4>": "LDG.64 STG.64",
     },
     "linear_cross_entropy": {r"add_scaled_kernel<\w+, 4>": "LDG.128"},
     "masked_softmax": {"masked_softmax_(fwd|bwd)_kernel" + PACKS: "LDG.128 STG.128"},

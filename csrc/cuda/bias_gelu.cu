@@ -110,11 +110,11 @@ void for_tiles(const TensorRef& x, std::initializer_list<TensorRef> tensors, boo
   const RowPlan plan = plan_rows(n, pack_of(x), tensors);
   visit_dtype<__nv_bfloat16, __half>(x.dtype, [&](auto type) {
     constexpr int kWide = 16 / sizeof(typename decltype(type)::type);
-    visit_bool(plan.vector, [&](auto vector) {
-      constexpr int kPack = decltype(vector)::kValue ? kWide : 1;
+    visit_pack<kWide>(plan, [&](auto pack) {
+      constexpr int kPack = decltype(pack)::kValue;
       const int64_t tiles = (n + kThreads * kPack - 1) / (kThreads * kPack);
       const dim3 grid(grid_size(chunks_of(r) * tiles));
-      visit_bool(tanh, [&](auto is_tanh) { f(type, Constant<kPack>{}, is_tanh, grid); });
+      visit_bool(tanh, [&](auto is_tanh) { f(type, pack, is_tanh, grid); });
     });
   });
 }
@@ -141,7 +141,8 @@ void bias_gelu_bwd(const BiasGeluBwd& p, float* workspace, void* stream) {
     launch(bias_gelu_bwd_kernel<T, decltype(pack)::kValue, decltype(tanh)::kValue>, grid,
            dim3(kThreads), 0, stream, p, chunk_rows_of(r), partial);
   });
-  sum_chunks(workspace, chunks_of(r), n, n, p.dbias.data, stream);
+  float* dbias = static_cast<float*>(p.dbias.data);
+  sum_chunks(workspace, chunks_of(r), n, n, {dbias, nullptr}, stream);
 }
 
 }  // namespace fastgpt::cuda

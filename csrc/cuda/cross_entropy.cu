@@ -209,9 +209,7 @@ void for_rows(const TensorRef& x, std::initializer_list<TensorRef> tensors, cons
   const RowPlan plan = plan_rows(x.size[1], pack_of(x), tensors);
   visit_dtype<__nv_bfloat16, __half>(x.dtype, [&](auto type) {
     constexpr int kWide = 16 / sizeof(typename decltype(type)::type);
-    visit_bool(plan.vector, [&](auto vector) {
-      f(type, Constant<decltype(vector)::kValue ? kWide : 1>{}, dim3(plan.threads));
-    });
+    visit_pack<kWide>(plan, [&](auto pack) { f(type, pack, dim3(plan.threads)); });
   });
 }
 

@@ -2,12 +2,16 @@
 // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds with g = dy * weight, xhat the normalized
 // x.
 //
-// Plan: one block a row, as wide as n needs, the row in registers (a long row is read again, from
-// L2). Backward: one block a chunk of rows, dweight and dbias in a float row of the workspace per
-// chunk; a second kernel adds the chunks in ascending order. Chunks depend on r alone.
-// Bytes: forward reads x and writes y (r n each); backward reads dy, x and writes dx: memory-bound.
-// Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
+// Plan: as many warps a row as keep it in registers, four packs a thread (a longer row is read
+// again, from L2). Backward: one block a chunk of rows, several rows at a time where they are
+// short; while the threads work on a row, their next one is on its way. Their sums of dweight and
+// dbias stay in shared memory, which has room beside the rows in the registers; a second kernel
+// adds the chunks. Chunks depend on r alone. Bytes: forward reads x and writes y (r n each);
+// backward reads dy, x and writes dx: memory-bound. Source: Ba, Kiros, Hinton 2016,
+// https://arxiv.org/abs/1607.06450
 #include "csrc/ops/layer_norm.h"
+
+#include <algorithm>
 
 #include "csrc/cuda/column_sums.cuh"
 #include "csrc/cuda/reduce.cuh"
@@ -75,81 +79,215 @@ __global__ void __launch_bounds__(kMaxRowThreads) layer_norm_fwd_kernel(LayerNor
   }
 }
 
-// g_sums: per chunk a row of n partial sums of dweight, then one of dbias.
-template <typename T, typename Y, int kPack, bool kCached>
+// ---- backward: g_sums gets, per chunk, a row of n partial sums of dweight, then one of dbias ----
+
+constexpr int kBackwardThreads = 256;  // of a block, where one row has fewer
+
+// What one thread holds of a row, as stored.
+template <typename T, typename Y, int kPack>
+struct RowPacks {
+  Pack<T, kPack> x[kCachedPacks];
+  Pack<Y, kPack> dy[kCachedPacks];
+  float mean, rstd;
+};
+
+// A thread's sums for the columns of its packs, in shared memory. No other thread touches them; in
+// groups of four, so that a warp's accesses lie side by side.
+template <int kPack>
+struct PackSums {
+  static constexpr int kGroup = kPack < 4 ? kPack : 4;
+  float* s_first;  // of this thread
+  // Of all threads of a row.
+  __device__ static int size() { return blockDim.x * kCachedPacks * kPack; }
+  __device__ PackSums(float* s_row) : s_first(s_row + threadIdx.x * kGroup) {}
+  __device__ float* group(int c, int e) const {
+    return s_first + (c * kPack + e) / kGroup * kGroup * blockDim.x;
+  }
+  __device__ void clear() const {
+    const float r_zero[kGroup] = {};
+#pragma unroll
+    for (int e = 0; e < kCachedPacks * kPack; e += kGroup) put(group(0, e), r_zero);
+  }
+  // sums += r_x for the columns of pack c, or r_x += sums.
+  __device__ void add(int c, const float (&r_x)[kPack]) const {
+#pragma unroll
+    for (int e = 0; e < kPack; e += kGroup) {
+      float r_sum[kGroup];
+      load<kGroup>(group(c, e), r_sum);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) r_sum[i] += r_x[e + i];
+      put(group(c, e), r_sum);
+    }
+  }
+  __device__ void add_to(int c, float (&r_x)[kPack]) const {
+#pragma unroll
+    for (int e = 0; e < kPack; e += kGroup) {
+      float r_sum[kGroup];
+      load<kGroup>(group(c, e), r_sum);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) r_x[e + i] += r_sum[i];
+    }
+  }
+  __device__ static void put(float* s_to, const float (&r_from)[kGroup]) {
+    Pack<float, kGroup> r_pack;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) r_pack.value[i] = r_from[i];
+    *reinterpret_cast<Pack<float, kGroup>*>(s_to) = r_pack;
+  }
+};
+
+template <typename T, typename Y, int kPack>
 __global__ void __launch_bounds__(kMaxRowThreads)
     layer_norm_bwd_kernel(LayerNormBwd p, int64_t chunk_rows, float* g_sums) {
-  FASTGPT_SHARED(float, s_sums, 2 * kWarp);
+  FASTGPT_SHARED(float, s_reduce, 4 * kWarp);
+  FASTGPT_DYNAMIC_SHARED(s_dynamic);
   const int64_t r = p.x.size[0];
   const int n = static_cast<int>(p.x.size[1]);
+  using Sums = PackSums<kPack>;
+  float* s_sums = reinterpret_cast<float*>(s_dynamic);
+  const Sums dweight(s_sums + (2 * threadIdx.y) * Sums::size());
+  const Sums dbias(s_sums + (2 * threadIdx.y + 1) * Sums::size());
+  dweight.clear();
+  dbias.clear();
+  const auto read = [&](int64_t row, RowPacks<T, Y, kPack>& r_row) {
+    const T* g_x = row_of<const T>(p.x, row);
+    const Y* g_dy = row_of<const Y>(p.dy, row);
+    for_packs<kPack, true>(n, [&](int c, int i) {
+      r_row.x[c] = load_pack<kPack>(g_x + i);
+      r_row.dy[c] = load_pack<kPack>(g_dy + i);
+    });
+    r_row.mean = static_cast<const float*>(p.mean.data)[row];
+    r_row.rstd = static_cast<const float*>(p.rstd.data)[row];
+  };
+  const int64_t first = blockIdx.x * chunk_rows;
+  const int64_t last = first + chunk_rows < r ? first + chunk_rows : r;
+  RowPacks<T, Y, kPack> r_next;
+  if (first + threadIdx.y < last) read(first + threadIdx.y, r_next);
+  int turn = 0;
+  for (int64_t begin = first; begin < last; begin += blockDim.y, turn ^= 1) {
+    const int64_t row = begin + threadIdx.y;
+    const bool exists = row < last;
+    const RowPacks<T, Y, kPack> r_row = r_next;
+    if (row + blockDim.y < last) read(row + blockDim.y, r_next);  // on its way during this row
+    Pack<T, kPack> r_ds[kCachedPacks] = {};
+    if (exists && p.ds.data != nullptr) {
+      const T* g_ds = row_of<const T>(p.ds, row);
+      for_packs<kPack, true>(n, [&](int c, int i) { r_ds[c] = load_pack<kPack>(g_ds + i); });
+    }
+    const auto xhat = [&](int c, int e) {
+      return (to_float(r_row.x[c].value[e]) - r_row.mean) * r_row.rstd;
+    };
+    float sums[2] = {0.0f, 0.0f};  // of g, of g * xhat
+    if (exists) {
+      for_packs<kPack, true>(n, [&](int c, int i) {
+        float r_weight[kPack], r_dy[kPack], r_dweight[kPack];
+        parameters(p.weight, i, 1.0f, r_weight);
+#pragma unroll
+        for (int e = 0; e < kPack; ++e) {
+          r_dy[e] = to_float(r_row.dy[c].value[e]);
+          r_dweight[e] = r_dy[e] * xhat(c, e);
+          sums[0] += r_dy[e] * r_weight[e];
+          sums[1] += r_dweight[e] * r_weight[e];
+        }
+        dweight.add(c, r_dweight);
+        dbias.add(c, r_dy);
+      });
+    }
+    row_sum(sums, s_reduce + turn * 2 * kWarp);
+    if (!exists) continue;
+    const float mean_g = sums[0] / n, mean_gx = sums[1] / n;
+    T* g_dx = row_of<T>(p.dx, row);
+    for_packs<kPack, true>(n, [&](int c, int i) {
+      float r_weight[kPack], r_dx[kPack];
+      parameters(p.weight, i, 1.0f, r_weight);
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) {
+        const float g = to_float(r_row.dy[c].value[e]) * r_weight[e];
+        r_dx[e] = r_row.rstd * ((g - mean_g) - xhat(c, e) * mean_gx) + to_float(r_ds[c].value[e]);
+      }
+      store<kPack>(g_dx + i, r_dx);
+    });
+  }
+  __syncthreads();
+  if (threadIdx.y != 0) return;
   float* g_dweight = g_sums + blockIdx.x * 2 * static_cast<int64_t>(n);
-  float* g_dbias = g_dweight + n;
-  constexpr int kPacks = kCached ? kCachedPacks : 1;
-  float r_dweight[kPacks][kPack] = {}, r_dbias[kPacks][kPack] = {};
-  float r_weight[kPacks][kPack];
-  const auto read_weight = [&](int c, int i) { parameters(p.weight, i, 1.0f, r_weight[c]); };
-  if (kCached) for_packs<kPack, kCached>(n, read_weight);
+  const auto write = [&](int kind, float* g_to) {
+    for_packs<kPack, true>(n, [&](int c, int i) {
+      float r_sum[kPack] = {};
+      for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
+        Sums(s_sums + (2 * y + kind) * Sums::size()).add_to(c, r_sum);
+      }
+      store<kPack>(g_to + i, r_sum);
+    });
+  };
+  write(0, g_dweight);
+  write(1, g_dweight + n);
+}
+
+// Rows that do not fit the registers: read twice. The sums of a chunk are in shared memory where
+// they fit that, else where they are to be left.
+template <typename T, typename Y, int kPack>
+__global__ void __launch_bounds__(kMaxRowThreads)
+    layer_norm_bwd_long_kernel(LayerNormBwd p, int64_t chunk_rows, bool shared, float* g_sums) {
+  FASTGPT_SHARED(float, s_reduce, 4 * kWarp);
+  FASTGPT_DYNAMIC_SHARED(s_dynamic);
+  const int64_t r = p.x.size[0];
+  const int n = static_cast<int>(p.x.size[1]);
+  g_sums += blockIdx.x * 2 * static_cast<int64_t>(n);
+  float* dweight = shared ? reinterpret_cast<float*>(s_dynamic) : g_sums;
+  float* dbias = dweight + n;
   const int64_t first = blockIdx.x * chunk_rows;
   const int64_t last = first + chunk_rows < r ? first + chunk_rows : r;
   for (int64_t row = first; row < last; ++row) {
     const T* g_x = row_of<const T>(p.x, row);
     const Y* g_dy = row_of<const Y>(p.dy, row);
-    const T* g_ds = p.ds.data == nullptr ? nullptr : row_of<const T>(p.ds, row);
-    T* g_dx = row_of<T>(p.dx, row);
     const float mean = static_cast<const float*>(p.mean.data)[row];
     const float rstd = static_cast<const float*>(p.rstd.data)[row];
-    float r_xhat[kPacks][kPack], r_dy[kPacks][kPack];
-    const auto read = [&](int c, int i) {
-      load<kPack>(g_x + i, r_xhat[c]);
-      load<kPack>(g_dy + i, r_dy[c]);
+    float r_xhat[kPack], r_dy[kPack], r_weight[kPack];
+    const auto read = [&](int i) {
+      load<kPack>(g_x + i, r_xhat);
+      load<kPack>(g_dy + i, r_dy);
+      parameters(p.weight, i, 1.0f, r_weight);
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) r_xhat[c][e] = (r_xhat[c][e] - mean) * rstd;
-      if (!kCached) read_weight(c, i);
+      for (int e = 0; e < kPack; ++e) r_xhat[e] = (r_xhat[e] - mean) * rstd;
     };
-    float sums[2] = {0.0f, 0.0f};  // of g, of g * xhat
-    for_packs<kPack, kCached>(n, [&](int c, int i) {
-      read(c, i);
+    float sums[2] = {0.0f, 0.0f};
+    for_packs<kPack, false>(n, [&](int, int i) {
+      read(i);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
-        const float g = r_dy[c][e] * r_weight[c][e];
+        const float g = r_dy[e] * r_weight[e];
         sums[0] += g;
-        sums[1] += g * r_xhat[c][e];
+        sums[1] += g * r_xhat[e];
+        dweight[i + e] = (row == first ? 0.0f : dweight[i + e]) + r_dy[e] * r_xhat[e];
+        dbias[i + e] = (row == first ? 0.0f : dbias[i + e]) + r_dy[e];
       }
     });
-    block_sum(sums, s_sums);
+    row_sum(sums, s_reduce + (row - first) % 2 * 2 * kWarp);
     const float mean_g = sums[0] / n, mean_gx = sums[1] / n;
-    for_packs<kPack, kCached>(n, [&](int c, int i) {
-      if (!kCached) read(c, i);
+    const T* g_ds = p.ds.data == nullptr ? nullptr : row_of<const T>(p.ds, row);
+    T* g_dx = row_of<T>(p.dx, row);
+    for_packs<kPack, false>(n, [&](int, int i) {
+      read(i);
       float r_dx[kPack], r_ds[kPack] = {};
       if (g_ds != nullptr) load<kPack>(g_ds + i, r_ds);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
-        const float g = r_dy[c][e] * r_weight[c][e];
-        r_dx[e] = rstd * ((g - mean_g) - r_xhat[c][e] * mean_gx) + r_ds[e];
-        if (kCached) {
-          r_dweight[c][e] += r_dy[c][e] * r_xhat[c][e];
-          r_dbias[c][e] += r_dy[c][e];
-        } else {
-          const bool start = row == first;
-          g_dweight[i + e] = (start ? 0.0f : g_dweight[i + e]) + r_dy[c][e] * r_xhat[c][e];
-          g_dbias[i + e] = (start ? 0.0f : g_dbias[i + e]) + r_dy[c][e];
-        }
+        const float g = r_dy[e] * r_weight[e];
+        r_dx[e] = rstd * ((g - mean_g) - r_xhat[e] * mean_gx) + r_ds[e];
       }
       store<kPack>(g_dx + i, r_dx);
     });
   }
-  if (kCached) {
-    for_packs<kPack, kCached>(n, [&](int c, int i) {
+  if (!shared) return;
+  for_packs<kPack, false>(n, [&](int, int i) {  // each thread its own sums
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        g_dweight[i + e] = r_dweight[c][e];
-        g_dbias[i + e] = r_dbias[c][e];
-      }
-    });
-  }
+    for (int e = 0; e < kPack; ++e) {
+      g_sums[i + e] = dweight[i + e];
+      g_sums[n + i + e] = dbias[i + e];
+    }
+  });
 }
-
-constexpr int kBackwardPack = 4;  // with 8 the sums of dweight and dbias would spill
 
 }  // namespace
 
@@ -169,17 +307,28 @@ int64_t layer_norm_bwd_workspace(int64_t r, int64_t n) {
 
 void layer_norm_bwd(const LayerNormBwd& p, float* workspace, void* stream) {
   const int64_t r = p.x.size[0], n = p.x.size[1], chunks = chunks_of(r);
-  const RowPlan plan = plan_rows(n, pack_of(p.x, kBackwardPack), {p.x, p.dy, p.ds, p.dx});
-  visit_rows<kBackwardPack>(
-      plan, p.x.dtype, p.dy.dtype, [&](auto tx, auto ty, auto pack, auto cached) {
-        using T = typename decltype(tx)::type;
-        using Y = typename decltype(ty)::type;
-        launch(layer_norm_bwd_kernel<T, Y, decltype(pack)::kValue, decltype(cached)::kValue>,
-               dim3(grid_size(chunks)), dim3(plan.threads), 0, stream, p, chunk_rows_of(r),
-               workspace);
-      });
-  sum_chunks(workspace, chunks, 2 * n, n, p.dweight.data, stream);
-  sum_chunks(workspace + n, chunks, 2 * n, n, p.dbias.data, stream);
+  const int widest = std::min(pack_of(p.x), pack_of(p.dy));  // or float32 dy would spill
+  const RowPlan plan = plan_rows(n, widest, {p.x, p.dy, p.ds, p.dx});
+  const dim3 grid(grid_size(chunks));
+  visit_rows(plan, p.x.dtype, p.dy.dtype, [&](auto tx, auto ty, auto pack, auto cached) {
+    using T = typename decltype(tx)::type;
+    using Y = typename decltype(ty)::type;
+    constexpr int kWidest = 16 / sizeof(Y);
+    constexpr int kPack = decltype(pack)::kValue < kWidest ? decltype(pack)::kValue : kWidest;
+    if constexpr (decltype(cached)::kValue) {
+      const int rows = std::max(1, kBackwardThreads / plan.threads);
+      const size_t sums = size_t{2} * rows * plan.threads * kCachedPacks * kPack;
+      launch(layer_norm_bwd_kernel<T, Y, kPack>, grid, dim3(plan.threads, rows),
+             sums * sizeof(float), stream, p, chunk_rows_of(r), workspace);
+    } else {
+      const size_t sums = 2 * sizeof(float) * n;
+      const bool shared = sums <= kMostSharedBytes;
+      launch(layer_norm_bwd_long_kernel<T, Y, kPack>, grid, dim3(plan.threads), shared ? sums : 0,
+             stream, p, chunk_rows_of(r), shared, workspace);
+    }
+  });
+  float *dweight = static_cast<float*>(p.dweight.data), *dbias = static_cast<float*>(p.dbias.data);
+  sum_chunks(workspace, chunks, 2 * n, n, {dweight, dbias}, stream);
 }
 
 }  // namespace fastgpt::cuda

@@ -59,10 +59,10 @@ __global__ void __launch_bounds__(kColumnThreads)
 void add_scaled(const AddScaled& p, void* stream) {
   const RowPlan plan = plan_rows(p.b.size[1], kPack, {p.a, p.b, p.to});
   visit_dtype<__nv_bfloat16, __half>(p.to.dtype, [&](auto type) {
-    visit_bool(plan.vector, [&](auto vector) {
+    visit_pack<kPack>(plan, [&](auto pack) {
       using Y = typename decltype(type)::type;
-      launch(add_scaled_kernel < Y, decltype(vector)::kValue ? kPack : 1 >,
-             grid_of_rows(plan, p.b.size[0]), block_of_rows(plan), 0, stream, p);
+      launch(add_scaled_kernel<Y, decltype(pack)::kValue>, grid_of_rows(plan, p.b.size[0]),
+             block_of_rows(plan), 0, stream, p);
     });
   });
 }
@@ -76,7 +76,8 @@ void add_column_sums(const AddColumnSums& p, float* workspace, void* stream) {
   const int64_t tiles = (n + kColumnThreads - 1) / kColumnThreads;
   launch(column_sums_kernel, dim3(grid_size(chunks * tiles)), dim3(kColumnThreads), 0, stream, p.x,
          chunk_rows_of(r), workspace);
-  sum_chunks(workspace, chunks, n, n, p.sum.data, stream, true);
+  float* sum = static_cast<float*>(p.sum.data);
+  sum_chunks(workspace, chunks, n, n, {sum, nullptr}, stream, true);
 }
 
 }  // namespace fastgpt::cuda

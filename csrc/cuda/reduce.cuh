@@ -54,6 +54,25 @@ __device__ inline void block_sum(float (&x)[kCount], float* s_sums) {
   block_reduce(x, s_sums, 0.0f, [](float value) { return warp_sum(value); });
 }
 
+// Likewise over one row of a block, the threads along x, of any number of rows along y, in one
+// barrier of all of them. s_sums: kCount * kWarp floats, not those of the previous call, which
+// other warps may still read.
+template <int kCount>
+__device__ inline void row_sum(float (&x)[kCount], float* s_sums) {
+  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) x[k] = warp_sum(x[k]);
+  if (warps == 1) return;
+  s_sums += threadIdx.y * warps;
+  if (lane == 0) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) s_sums[k * kWarp + threadIdx.x / kWarp] = x[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) x[k] = warp_sum(lane < warps ? s_sums[k * kWarp + lane] : 0.0f);
+}
+
 // The largest x of the block, NaN aside, returned to every thread. s_maxima: kWarp floats.
 __device__ inline float block_max(float x, float* s_maxima) {
   float r_x[1] = {x};

@@ -2,6 +2,7 @@
 // of up to 16 bytes; it stays in registers where it fits. Short rows share a block along y.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "csrc/common/dispatch.h"
@@ -46,31 +47,36 @@ static inline bool aligned(const TensorRef& t, int pack) {
 }
 
 struct RowPlan {
-  bool vector;  // packs, else single elements
+  int pack;     // elements that are moved at once
   bool cached;  // a row fits the registers
   int threads;  // of a row
   int rows;     // of a block
 };
 
-// For rows of n elements of these tensors, in packs of `pack`. A function of n and of alignment.
+// For rows of n elements of these tensors, in packs of `pack` or half of it, or one by one. A
+// function of n and of alignment. A thread takes several packs, whose loads are under way together.
 static inline RowPlan plan_rows(int64_t n, int pack, std::initializer_list<TensorRef> tensors) {
   check_at_most(n, int64_t{1} << 30, "elements of a row");  // the kernels count in int
+  const auto fits = [&](int elements) {
+    bool all = n % elements == 0;
+    for (const TensorRef& t : tensors) all = all && aligned(t, elements);
+    return all;
+  };
   RowPlan plan;
-  plan.vector = n % pack == 0;
-  for (const TensorRef& t : tensors) plan.vector = plan.vector && aligned(t, pack);
-  const int packs = static_cast<int>(plan.vector ? n / pack : n);
-  const int rounded = (packs + kWarp - 1) / kWarp * kWarp;
-  plan.threads = rounded < 256 ? rounded : rounded <= 256 * kCachedPacks ? 256 : kMaxRowThreads;
+  plan.pack = fits(pack) ? pack : fits(pack / 2) ? pack / 2 : 1;
+  const int packs = static_cast<int>(n / plan.pack);
+  constexpr int kWarpPacks = kWarp * kCachedPacks;
+  const int warps = std::max(1, (packs + kWarpPacks - 1) / kWarpPacks);
+  plan.threads = std::min(warps * kWarp, kMaxRowThreads);
   plan.cached = packs <= plan.threads * kCachedPacks;
   constexpr int kShortRows = 4;
   plan.rows = plan.threads == kWarp ? kShortRows : 1;  // a warp needs no barrier for its row
   return plan;
 }
 
-// The elements of t in 16 bytes, at most `most`.
-static inline int pack_of(const TensorRef& t, int most = 8) {
-  const int pack = 16 / element_bytes(t);
-  return pack < most ? pack : most;
+// The elements of t in 16 bytes.
+static inline int pack_of(const TensorRef& t) {
+  return 16 / element_bytes(t);
 }
 
 static inline dim3 grid_of_rows(const RowPlan& plan, int64_t r) {
@@ -81,18 +87,21 @@ static inline dim3 block_of_rows(const RowPlan& plan) {
   return dim3(plan.threads, plan.rows);
 }
 
-// f(Type<T>, Type<Y>, Constant<pack>, Constant<cached>): T of `dtype`, in packs of pack_of(T,
-// kMost); Y the same or float.
-template <int kMost = 8, typename F>
+// f(Constant<the plan's pack>), of a plan in packs of up to kPack.
+template <int kPack, typename F>
+void visit_pack(const RowPlan& plan, const F& f) {
+  if (plan.pack == kPack) return f(Constant<kPack>{});
+  plan.pack == kPack / 2 ? f(Constant<kPack / 2>{}) : f(Constant<1>{});
+}
+
+// f(Type<T>, Type<Y>, Constant<pack>, Constant<cached>): T of `dtype`, Y the same or float.
+template <typename F>
 void visit_rows(const RowPlan& plan, DType dtype, DType other, const F& f) {
   visit_dtype<__nv_bfloat16, __half>(dtype, [&](auto type) {
     constexpr int kWide = 16 / sizeof(typename decltype(type)::type);
-    constexpr int kPack = kWide < kMost ? kWide : kMost;
     const auto with_other = [&](auto other_type) {
-      visit_bool(plan.vector, [&](auto vector) {
-        visit_bool(plan.cached, [&](auto cached) {
-          f(type, other_type, Constant<decltype(vector)::kValue ? kPack : 1>{}, cached);
-        });
+      visit_pack<kWide>(plan, [&](auto pack) {
+        visit_bool(plan.cached, [&](auto cached) { f(type, other_type, pack, cached); });
       });
     };
     other == dtype ? with_other(type) : with_other(Type<float>{});
