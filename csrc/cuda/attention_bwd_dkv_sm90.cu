@@ -1,7 +1,7 @@
 // dk and dv of attention for Hopper's warpgroups: what attention_bwd_dkv.cu computes, for heads of
 // up to 128 elements of 16 bits without features.
 //
-// A block takes 64 keys for each warpgroup and walks the query heads that share them and the tiles
+// A block is a warpgroup: it takes 64 keys and walks the query heads that share them and the tiles
 // of queries; scores are (keys, queries), so that P^T and dS^T are factors in registers. The
 // product v dout^T runs under the exponentials of k q^T, p^T dout under dS, ds^T q under the
 // products of the next tile.
@@ -13,11 +13,10 @@ namespace {
 
 template <int kD>
 struct WarpgroupDkv {
-  static constexpr int kGroups = 2;
+  static constexpr int kBlocks = 2;  // of a multiprocessor, each at its own pace
   static constexpr int kQueries = 64;
-  static constexpr int kStages = 3;
-  static constexpr int kThreads = kGroups * kWarpgroup;
-  static constexpr int kKeys = kGroups * kGroupRows;
+  static constexpr int kStages = 2;
+  static constexpr int kKeys = kGroupRows;
   using Keys = PanelTile<kKeys, kD>;
   using Queries = PanelTile<kQueries, kD>;
   static constexpr int kSharedBytes =
@@ -25,11 +24,11 @@ struct WarpgroupDkv {
 };
 
 template <typename T, int kD>
-__global__ void __launch_bounds__(WarpgroupDkv<kD>::kThreads, 1)
+__global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
     attention_bwd_dkv_sm90_kernel(Bwd p) {
   using Tile = WarpgroupDkv<kD>;
   using Queries = typename Tile::Queries;
-  constexpr int kQueries = Tile::kQueries, kN = kQueries / 8, kThreads = Tile::kThreads;
+  constexpr int kQueries = Tile::kQueries, kN = kQueries / 8;
   FASTGPT_DYNAMIC_SHARED(shared);
   T* s_k = reinterpret_cast<T*>(shared);
   T* s_v = s_k + Tile::Keys::kElements;
@@ -37,8 +36,7 @@ __global__ void __launch_bounds__(WarpgroupDkv<kD>::kThreads, 1)
   T* s_dout = s_q + Tile::kStages * Queries::kElements;
   float* s_statistics = reinterpret_cast<float*>(s_dout + Tile::kStages * Queries::kElements);
   const Lane at;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, own = warp * 16;
-  const int group_row = warp / 4 * kGroupRows;
+  const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
 
   const AttentionProblem& problem = p.problem;
   const AttentionInputs& in = problem.in;
@@ -77,14 +75,12 @@ __global__ void __launch_bounds__(WarpgroupDkv<kD>::kThreads, 1)
       const int64_t q_s = in.q.stride[2], dout_s = p.dout.stride[2];
       // What a query that sees no key holds must not be met.
       const auto alive = [&](int row) { return m0 + row < sq && band.sees_any(m0 + row); };
-      Queries::template load<kThreads>(
-          s_q + stage * Queries::kElements,
-          rows_of<const T>(in.q, packed, z, head, queries.first) + m0 * q_s, q_s, d, p.direct_q,
-          alive);
-      Queries::template load<kThreads>(
-          s_dout + stage * Queries::kElements,
-          rows_of<const T>(p.dout, packed, z, head, queries.first) + m0 * dout_s, dout_s, d,
-          p.direct_dout, alive);
+      Queries::load(s_q + stage * Queries::kElements,
+                    rows_of<const T>(in.q, packed, z, head, queries.first) + m0 * q_s, q_s, d,
+                    p.direct_q, alive);
+      Queries::load(s_dout + stage * Queries::kElements,
+                    rows_of<const T>(p.dout, packed, z, head, queries.first) + m0 * dout_s, dout_s,
+                    d, p.direct_dout, alive);
       const int row = static_cast<int>(threadIdx.x);
       if (row < kQueries) {
         float* s_lse2 = s_statistics + stage * 2 * kQueries;
@@ -102,29 +98,29 @@ __global__ void __launch_bounds__(WarpgroupDkv<kD>::kThreads, 1)
   clear(r_dv);
   if (steps > 0) {
     const auto alive = [&](int row) { return n0 + row < keys.count; };
-    Tile::Keys::template load<kThreads>(
-        s_k, rows_of<const T>(in.k, packed, z, key_head, keys.first + n0), in.k.stride[2], d,
-        p.direct_k, alive);
-    Tile::Keys::template load<kThreads>(
-        s_v, rows_of<const T>(in.v, packed, z, key_head, keys.first + n0), in.v.stride[2], d,
-        p.direct_v, alive);
+    Tile::Keys::load(s_k, rows_of<const T>(in.k, packed, z, key_head, keys.first + n0),
+                     in.k.stride[2], d, p.direct_k, alive);
+    Tile::Keys::load(s_v, rows_of<const T>(in.v, packed, z, key_head, keys.first + n0),
+                     in.v.stride[2], d, p.direct_v, alive);
     load_queries(0);
     for (int step = 0; step < steps; ++step) {
       wait_copies<0>();
       fence_shared();
-      __syncthreads();         // this tile is here, and the last but one has been read
-      load_queries(step + 1);  // in the place of the last but one
+      __syncthreads();  // this tile is here
       const int stage = step % Tile::kStages;
       const T* s_own_q = s_q + stage * Queries::kElements;
       const T* s_own_dout = s_dout + stage * Queries::kElements;
       const float* s_lse2 = s_statistics + stage * 2 * kQueries;
       wgmma_begin();
-      issue_transposed<Tile::kKeys, kQueries, kD>(r_s, s_k, group_row, s_own_q);
+      issue_transposed<Tile::kKeys, kQueries, kD>(r_s, s_k, 0, s_own_q);
       wgmma_commit();
-      issue_transposed<Tile::kKeys, kQueries, kD>(r_dp, s_v, group_row, s_own_dout);
+      issue_transposed<Tile::kKeys, kQueries, kD>(r_dp, s_v, 0, s_own_dout);
       wgmma_commit();
       wgmma_wait<1>();
       hold(r_s);
+      hold(r_dk[0]);
+      __syncthreads();  // the last tile has been read
+      load_queries(step + 1);
       const bool edge = walk.edge(step % walk.count);
       const int m0 = walk.at(step % walk.count);
 #pragma unroll
@@ -145,7 +141,6 @@ __global__ void __launch_bounds__(WarpgroupDkv<kD>::kThreads, 1)
       wgmma_commit();
       wgmma_wait<1>();
       hold(r_dp);
-      hold(r_dk[0]);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         const float2 delta = *reinterpret_cast<const float2*>(s_lse2 + kQueries + at.column(n, 0));
@@ -182,7 +177,7 @@ void attention_bwd_dkv_sm90(const Bwd& p, void* stream) {
       using Tile = WarpgroupDkv<kD>;
       const int64_t tiles = (p.problem.sk + Tile::kKeys - 1) / Tile::kKeys;
       launch(attention_bwd_dkv_sm90_kernel<T, kD>,
-             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.hk)), dim3(Tile::kThreads),
+             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.hk)), dim3(kWarpgroup),
              Tile::kSharedBytes, stream, p);
     });
   });

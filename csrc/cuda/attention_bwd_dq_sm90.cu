@@ -1,8 +1,8 @@
 // dq of attention for Hopper's warpgroups: what attention_bwd_dq.cu computes, for heads of up to
 // 128 elements of 16 bits without features.
 //
-// A block takes 64 queries for each warpgroup, which keeps q and dout in registers, and walks the
-// tiles of keys. The product dout v^T runs under the exponentials of q k^T, and ds k of one tile
+// A block is a warpgroup: it takes 64 queries, keeps q and dout in registers and walks the tiles of
+// keys. The product dout v^T runs under the exponentials of q k^T, and ds k of one tile
 // under the products of the next.
 #include "csrc/cuda/attention_bwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
@@ -12,27 +12,27 @@ namespace {
 
 template <int kD>
 struct WarpgroupDq {
-  static constexpr int kGroups = 2;
+  static constexpr int kBlocks = 2;  // of a multiprocessor, each at its own pace
   static constexpr int kKeys = 64;
   static constexpr int kStages = 3;
-  static constexpr int kThreads = kGroups * kWarpgroup;
-  static constexpr int kQueries = kGroups * kGroupRows;
+  static constexpr int kQueries = kGroupRows;
   using Queries = PanelTile<kQueries, kD>;
   using Keys = PanelTile<kKeys, kD>;
-  static constexpr int kSharedBytes = 2 * Queries::kBytes + 2 * kStages * Keys::kBytes;
+  static_assert(Queries::kElements == Keys::kElements, "q and dout come in the place of a stage");
+  static constexpr int kSharedBytes = 2 * kStages * Keys::kBytes;
 };
 
 template <typename T, int kD>
-__global__ void __launch_bounds__(WarpgroupDq<kD>::kThreads, 1)
+__global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
     attention_bwd_dq_sm90_kernel(Bwd p) {
   using Tile = WarpgroupDq<kD>;
   using Keys = typename Tile::Keys;
-  constexpr int kKeys = Tile::kKeys, kN = kKeys / 8, kThreads = Tile::kThreads;
+  constexpr int kKeys = Tile::kKeys, kN = kKeys / 8;
   FASTGPT_DYNAMIC_SHARED(shared);
-  T* s_q = reinterpret_cast<T*>(shared);
-  T* s_dout = s_q + Tile::Queries::kElements;
-  T* s_k = s_dout + Tile::Queries::kElements;
+  T* s_k = reinterpret_cast<T*>(shared);
   T* s_v = s_k + Tile::kStages * Keys::kElements;
+  T* s_q = s_k + (Tile::kStages - 1) * Keys::kElements;  // before the last stage is used
+  T* s_dout = s_v + (Tile::kStages - 1) * Keys::kElements;
   const Lane at;
   const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
 
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(WarpgroupDq<kD>::kThreads, 1)
       const int n0 = walk.at(t), stage = t % Tile::kStages * Keys::kElements;
       const auto alive = [&](int row) { return n0 + row < keys.count; };
       const int64_t k_s = in.k.stride[2], v_s = in.v.stride[2];
-      Keys::template load<kThreads>(s_k + stage, g_k + n0 * k_s, k_s, d, p.direct_k, alive);
-      Keys::template load<kThreads>(s_v + stage, g_v + n0 * v_s, v_s, d, p.direct_v, alive);
+      Keys::load(s_k + stage, g_k + n0 * k_s, k_s, d, p.direct_k, alive);
+      Keys::load(s_v + stage, g_v + n0 * v_s, v_s, d, p.direct_v, alive);
     }
     commit_copies();
   };
@@ -82,12 +82,10 @@ __global__ void __launch_bounds__(WarpgroupDq<kD>::kThreads, 1)
     const auto alive = [&](int row) {
       return m0 + row < sq && p.g_lse2[statistics + row] < INFINITY;
     };
-    Tile::Queries::template load<kThreads>(
-        s_q, rows_of<const T>(in.q, packed, z, head, first_query + m0), in.q.stride[2], d,
-        p.direct_q, alive);
-    Tile::Queries::template load<kThreads>(
-        s_dout, rows_of<const T>(p.dout, packed, z, head, first_query + m0), p.dout.stride[2], d,
-        p.direct_dout, alive);
+    Tile::Queries::load(s_q, rows_of<const T>(in.q, packed, z, head, first_query + m0),
+                        in.q.stride[2], d, p.direct_q, alive);
+    Tile::Queries::load(s_dout, rows_of<const T>(p.dout, packed, z, head, first_query + m0),
+                        p.dout.stride[2], d, p.direct_dout, alive);
     load_keys(0);
     wait_copies<0>();
     __syncthreads();
@@ -142,7 +140,8 @@ __global__ void __launch_bounds__(WarpgroupDq<kD>::kThreads, 1)
   scale_by(r_rows, in.scale);
   const int first = m0 + own;
   T* g_dq = rows_of<T>(p.dq, packed, z, head, first_query);
-  store_rows<kD>(r_rows, 0, s_q + own * kD, g_dq + first * p.dq.stride[2], p.dq.stride[2],
+  __syncthreads();  // the last tiles have been read
+  store_rows<kD>(r_rows, 0, s_k + own * kD, g_dq + first * p.dq.stride[2], p.dq.stride[2],
                  sq - first, d);
 }
 
@@ -156,7 +155,7 @@ void attention_bwd_dq_sm90(const Bwd& p, void* stream) {
       using Tile = WarpgroupDq<kD>;
       const int64_t tiles = (p.problem.sq + Tile::kQueries - 1) / Tile::kQueries;
       launch(attention_bwd_dq_sm90_kernel<T, kD>,
-             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(Tile::kThreads),
+             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(kWarpgroup),
              Tile::kSharedBytes, stream, p);
     });
   });

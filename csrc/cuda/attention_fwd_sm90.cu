@@ -1,8 +1,8 @@
 // The forward of attention for Hopper's warpgroups: what attention_fwd.cu computes, for heads of up
 // to 128 elements of 16 bits without features.
 //
-// A block takes 64 queries for each warpgroup, which keeps them in registers, and walks the tiles
-// of keys, edges first. The product q k^T of the next tile runs under the softmax of this one, and
+// A block is a warpgroup: it takes 64 queries, keeps them in registers and walks the tiles of keys,
+// edges first. The product q k^T of the next tile runs under the softmax of this one, and
 // p v under both; copies are three tiles ahead. Source: Shah et al. 2024,
 // https://arxiv.org/abs/2407.08608 (the overlap within a warpgroup).
 #include "csrc/cuda/attention_fwd.cuh"
@@ -11,27 +11,30 @@
 namespace fastgpt::cuda {
 namespace {
 
-template <int kD>
+// Blocks of a multiprocessor run at their own pace: one computes its softmax while another
+// multiplies.
+template <int kD, int kS, int kB>
 struct WarpgroupFwd {
-  static constexpr int kGroups = 2;
-  static constexpr int kKeys = kD <= 64 ? 128 : 64;
-  static constexpr int kStages = 3;
-  static constexpr int kThreads = kGroups * kWarpgroup;
-  static constexpr int kQueries = kGroups * kGroupRows;
+  static constexpr int kBlocks = kB;  // of a multiprocessor
+  static constexpr int kKeys = 64;
+  static constexpr int kStages = kS;
+  static constexpr int kQueries = kGroupRows;
   using Queries = PanelTile<kQueries, kD>;
   using Keys = PanelTile<kKeys, kD>;
-  static constexpr int kSharedBytes = Queries::kBytes + 2 * kStages * Keys::kBytes;
+  static_assert(Queries::kElements == Keys::kElements, "queries come in the place of a stage");
+  static constexpr int kSharedBytes = 2 * kStages * Keys::kBytes;
 };
 
-template <typename T, int kD>
-__global__ void __launch_bounds__(WarpgroupFwd<kD>::kThreads, 1) attention_fwd_sm90_kernel(Fwd p) {
-  using Tile = WarpgroupFwd<kD>;
+template <typename T, int kD, int kS, int kB>
+__global__ void __launch_bounds__(kWarpgroup, kB)
+    attention_fwd_sm90_kernel(Fwd p) {
+  using Tile = WarpgroupFwd<kD, kS, kB>;
   using Keys = typename Tile::Keys;
-  constexpr int kKeys = Tile::kKeys, kN = kKeys / 8, kThreads = Tile::kThreads;
+  constexpr int kKeys = Tile::kKeys, kN = kKeys / 8;
   FASTGPT_DYNAMIC_SHARED(shared);
-  T* s_q = reinterpret_cast<T*>(shared);
-  T* s_k = s_q + Tile::Queries::kElements;
+  T* s_k = reinterpret_cast<T*>(shared);
   T* s_v = s_k + Tile::kStages * Keys::kElements;
+  T* s_q = s_v + (Tile::kStages - 1) * Keys::kElements;  // before the last stage is used
   const Lane at;
   const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
 
@@ -44,9 +47,8 @@ __global__ void __launch_bounds__(WarpgroupFwd<kD>::kThreads, 1) attention_fwd_s
   const auto load_keys = [&](T* s_tiles, const T* g_rows, int64_t stride, int t, bool direct) {
     if (t >= walk.count) return;
     const int n0 = walk.at(t);
-    Keys::template load<kThreads>(s_tiles + t % Tile::kStages * Keys::kElements,
-                                  g_rows + n0 * stride, stride, d, direct,
-                                  [&](int row) { return n0 + row < rows.keys; });
+    Keys::load(s_tiles + t % Tile::kStages * Keys::kElements, g_rows + n0 * stride, stride, d,
+               direct, [&](int row) { return n0 + row < rows.keys; });
   };
   // Group t: the keys of tile t, the values of the tile before it.
   const auto load_group = [&](int t) {
@@ -81,30 +83,32 @@ __global__ void __launch_bounds__(WarpgroupFwd<kD>::kThreads, 1) attention_fwd_s
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float top = -INFINITY;
+      float r_tops[2] = {-INFINITY, -INFINITY}, r_sums[2] = {0.0f, 0.0f};  // of alternate columns
 #pragma unroll
-      for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(r_s[n][2 * i], r_s[n][2 * i + 1]));
-      top = fmaxf(r_top[i], warp_max<4>(top) * p.scale);
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) r_tops[j] = fmaxf(r_tops[j], r_s[n][2 * i + j]);
+      }
+      const float top = fmaxf(r_top[i], warp_max<4>(fmaxf(r_tops[0], r_tops[1])) * p.scale);
       const float base = top == -INFINITY ? 0.0f : top;
       r_decay[i] = exp2_approx(r_top[i] - base);
       r_top[i] = top;
-      float sum = r_sum[i] * r_decay[i];
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& s = r_s[n][2 * i + j];
           s = exp2_approx(fmaf(s, p.scale, -base));
-          sum += s;
+          r_sums[j] += s;
         }
       }
-      r_sum[i] = sum;
+      r_sum[i] = fmaf(r_sum[i], r_decay[i], r_sums[0] + r_sums[1]);
     }
   };
 
   if (walk.count > 0) {
-    Tile::Queries::template load<kThreads>(s_q, rows.g_q, in.q.stride[2], d, p.direct_q,
-                                           [&](int row) { return m0 + row < sq; });
+    Tile::Queries::load(s_q, rows.g_q, in.q.stride[2], d, p.direct_q,
+                        [&](int row) { return m0 + row < sq; });
     for (int t = 0; t < Tile::kStages; ++t) load_group(t);
     wait_copies<Tile::kStages - 1>();
     fence_shared();
@@ -118,10 +122,10 @@ __global__ void __launch_bounds__(WarpgroupFwd<kD>::kThreads, 1) attention_fwd_s
     softmax(0);
     round_to_factors<T>(r_p, r_s);
     for (int t = 1; t < walk.count; ++t) {
-      wait_copies<1>();
+      wait_copies<Tile::kStages - 2>();
       fence_shared();
       __syncthreads();  // group t is here, and the tiles of the last round have been read
-      load_group(t + 2);
+      load_group(t + Tile::kStages - 1);
       hold(r_out);
       wgmma_begin();
       issue_transposed<kKeys, kD>(r_s, r_q, s_k + t % Tile::kStages * Keys::kElements);
@@ -166,7 +170,7 @@ __global__ void __launch_bounds__(WarpgroupFwd<kD>::kThreads, 1) attention_fwd_s
       r_out[n][2 * i + 1] *= inverse;
     }
   }
-  rows.template store<kD>(r_rows, s_q + own * kD, own, p);
+  rows.template store<kD>(r_rows, s_k + own * kD, own, p);
 }
 
 }  // namespace
@@ -176,11 +180,21 @@ void attention_fwd_sm90(const Fwd& p, void* stream) {
     visit_warpgroup_width(p.problem.d, [&](auto width) {
       using T = typename decltype(type)::type;
       constexpr int kD = decltype(width)::kValue;
-      using Tile = WarpgroupFwd<kD>;
-      const int64_t tiles = (p.problem.sq + Tile::kQueries - 1) / Tile::kQueries;
-      launch(attention_fwd_sm90_kernel<T, kD>,
-             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(Tile::kThreads),
-             Tile::kSharedBytes, stream, p);
+      const auto run = [&](auto stages, auto blocks) {
+        constexpr int kS = decltype(stages)::kValue, kB = decltype(blocks)::kValue;
+        using Tile = WarpgroupFwd<kD, kS, kB>;
+        const int64_t tiles = (p.problem.sq + Tile::kQueries - 1) / Tile::kQueries;
+        launch(attention_fwd_sm90_kernel<T, kD, kS, kB>,
+               dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(kWarpgroup),
+               Tile::kSharedBytes, stream, p);
+      };
+      const char* variant = getenv("V");
+      switch (variant ? variant[0] : '0') {
+        case '1': return run(Constant<2>{}, Constant<2>{});
+        case '2': return run(Constant<2>{}, Constant<3>{});
+        case '3': return run(Constant<3>{}, Constant<3>{});
+        default: return run(Constant<3>{}, Constant<2>{});
+      }
     });
   });
 }

@@ -58,12 +58,12 @@ __device__ inline void scale_by(float (&r)[kM][kN][4], float factor) {
 
 // ---- rows of a head into shared memory ----
 
-// The elements of kCount rows of d in memory of type T, by all kThreads of the block, to the chunks
-// place(row, chunk); rows that are not alive(row) are not read, and zero. `direct`: T is C and 16
-// bytes divide every row's address, so that the copy is asynchronous.
-template <typename C, int kD, int kCount, int kThreads, typename T, typename P, typename F>
-__device__ inline void load_rows_to(const P& place, const T* g_rows, int64_t stride, int d,
-                                    bool direct, const F& alive) {
+// The elements of kCount rows of d in memory of type T, by all kThreads of the block; rows that
+// are not alive(row) are not read, and zero. `direct`: T is C and 16 bytes divide every row's
+// address, so that the copy is asynchronous.
+template <typename C, int kD, int kCount, int kThreads, typename T, typename F>
+__device__ inline void load_rows(C* s_tile, const T* g_rows, int64_t stride, int d, bool direct,
+                                 const F& alive) {
   constexpr int kChunks = kD / kPerChunk<C>;
   constexpr int kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : kChunks <= 32 ? 32 : 64;
   static_assert(kThreads % kLanes == 0 && kChunks <= kLanes, "a row is copied at once");
@@ -76,7 +76,7 @@ __device__ inline void load_rows_to(const P& place, const T* g_rows, int64_t str
     if (kCount * kLanes % kThreads != 0 && row >= kCount) return;
     const int count = alive(row) ? min(max(d - column, 0), kPerChunk<C>) : 0;
     const T* g_from = g_rows + row * stride + column;
-    C* s_to = place(row, chunk);
+    C* s_to = chunk_at<C, kD>(s_tile, row, chunk);
     if (std::is_same_v<T, C> && direct) {
       copy_chunk_async(s_to, count > 0 ? g_from : g_rows, count * static_cast<int>(sizeof(C)));
     } else {
@@ -89,15 +89,6 @@ __device__ inline void load_rows_to(const P& place, const T* g_rows, int64_t str
       *reinterpret_cast<Pack<C, kPerChunk<C>>*>(s_to) = pack;
     }
   }
-}
-
-// Likewise to a tile.
-template <typename C, int kD, int kCount, int kThreads, typename T, typename F>
-__device__ inline void load_rows(C* s_tile, const T* g_rows, int64_t stride, int d, bool direct,
-                                 const F& alive) {
-  load_rows_to<C, kD, kCount, kThreads>(
-      [&](int row, int chunk) { return chunk_at<C, kD>(s_tile, row, chunk); }, g_rows, stride, d,
-      direct, alive);
 }
 
 // Whether 16 bytes divide the address of every row of (b, h, s, d).

@@ -35,12 +35,35 @@ struct PanelTile {
     return shared_matrix(s_tile + step * 16 * kPanelColumns, 2 * kPanelElements);
   }
 
-  // By all kThreads of the block, as load_rows().
-  template <int kThreads, typename T, typename F>
+  // By a warpgroup, the whole block; what is copied and when as in load_rows(). A running pointer:
+  // addresses that are kept for the next tile would take the registers.
+  template <typename T, typename F>
   __device__ static void load(T* s_tile, const T* g_rows, int64_t stride, int d, bool direct,
                               const F& alive) {
-    load_rows_to<T, kD, kRows, kThreads>([&](int row, int at) { return chunk(s_tile, row, at); },
-                                         g_rows, stride, d, direct, alive);
+    constexpr int kLanes = kD <= kPanelColumns ? 8 : 16;  // of a row
+    constexpr int kStep = kWarpgroup / kLanes;
+    static_assert(kStep % 8 == 0 && kRows % kStep == 0, "rows so far apart are swizzled alike");
+    const int lane = static_cast<int>(threadIdx.x) % kLanes, column = lane * 8;
+    if (column >= kD) return;
+    int row = static_cast<int>(threadIdx.x) / kLanes;
+    const int there = min(max(d - column, 0), 8);
+    const T* g_from = g_rows + row * stride + column;
+    T* s_to = chunk(s_tile, row, lane);
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i) {
+      const int count = alive(row) ? there : 0;
+      if (direct) {
+        copy_chunk_async(s_to, count > 0 ? g_from : g_rows, 2 * count);
+      } else {
+        Pack<T, 8> pack;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) pack.value[e] = e < count ? g_from[e] : from_float<T>(0.0f);
+        *reinterpret_cast<Pack<T, 8>*>(s_to) = pack;
+      }
+      row += kStep;
+      g_from += kStep * stride;
+      s_to += kStep * kPanelColumns;
+    }
   }
   // The 16 rows of a warp, from `row` on, as first factors in registers.
   template <typename T>
