@@ -135,18 +135,19 @@ const Register products[] = {
      }},
     {"a wait for too few products",
      [] {
-       expect_report({"writes 16 bytes", "which a product of", "faults.cu:", "still reads"},
+       expect_report({"writes 16 bytes", "which a product of", "faults_sm90.cu:", "still reads"},
                      multiply<kLaxWait>);
      }},
     {"products under way at the end",
      [] {
-       expect_report({"returns with 4 products under way", "faults.cu:"}, multiply<kNoLastWait>);
+       expect_report({"returns with 4 products under way", "faults_sm90.cu:"},
+                     multiply<kNoLastWait>);
      }},
     {"an accumulator read before the wait",
      [] { expect_report({"d[0]: expected", "nan"}, multiply<kReadEarly>); }},
     {"an accumulator written before the wait",
      [] {
-       expect_report({"thread 5 has written an accumulator of a product of", "faults.cu:"},
+       expect_report({"thread 5 has written an accumulator of a product of", "faults_sm90.cu:"},
                      multiply<kWrittenEarly>);
      }},
     {"no fence before a product",
@@ -167,7 +168,7 @@ const Register products[] = {
                      multiply<kStoreAfterFence>);
      }},
     {"no barrier before a product",
-     [] { expect_report({"16 bytes at offset", "faults.cu:"}, multiply<kNoBarrier>); }},
+     [] { expect_report({"16 bytes at offset", "faults_sm90.cu:"}, multiply<kNoBarrier>); }},
     {"a tile overwritten before the wait",
      [] {
        expect_report({"writes 16 bytes", "which a product of", "still reads"},
@@ -175,7 +176,7 @@ const Register products[] = {
      }},
     {"a tile overwritten before the waits of all",
      [] {
-       expect_report({"writes 16 bytes", "faults.cu:", " read"},
+       expect_report({"writes 16 bytes", "faults_sm90.cu:", " read"},
                      multiply<kTileOverwrittenAfterWait>);
      }},
     {"no wgmma_begin",
@@ -196,14 +197,14 @@ const Register products[] = {
                      multiply<kColumnsMisaligned>);
      }},
     {"a product beyond shared memory",
-     [] { expect_report({"reads out of bounds", "faults.cu:"}, multiply<kPanelTooFar>); }},
+     [] { expect_report({"reads out of bounds", "faults_sm90.cu:"}, multiply<kPanelTooFar>); }},
     {"a product of global memory",
      [] {
        expect_report({"a matrix of a product", "is in global memory, must be in shared"},
                      multiply<kPanelInGlobal>);
      }},
     {"a product without a warp of its warpgroup",
-     [] { expect_report({"of its warpgroup", "faults.cu:"}, multiply<kOneWarpLess>); }},
+     [] { expect_report({"of its warpgroup", "faults_sm90.cu:"}, multiply<kOneWarpLess>); }},
     {"a product of two matrices",
      [] {
        expect_report({"threads 64 and 70 multiply at", "by different matrices"},
