@@ -88,7 +88,7 @@ def _on_sm90(name: str) -> Callable[..., Any]:
 
 
 def add_to_table() -> None:
-    """A `cuda_emulated` cell beside every `cuda` cell, and `cuda_emulated_sm90` where it differs."""
+    """A `cuda_emulated` cell beside every `cuda` cell, beside some a `cuda_emulated_sm90` too."""
     for name, namespace in ((NAME, NAMESPACE), (NAME_SM90, NAMESPACE_SM90)):
         dispatch.DEVICES[name] = ("cpu",)
         dispatch.MISSING[name] = missing
