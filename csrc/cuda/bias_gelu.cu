@@ -2,10 +2,10 @@
 // erf: z Phi(z). tanh: z / (1 + exp(-2u)), u = sqrt(2/pi) (z + 0.044715 z^3), which is
 // z (1 + tanh u) / 2 without the cancellation; from exp(-|2u|), which does not overflow.
 //
-// Plan: a block takes a tile of columns through a chunk of rows, 16 bytes a thread, so that bias
-// and the sum of dbias stay in registers; dbias as column_sums.cuh says. Bytes: forward reads x and
-// writes y (r n each), backward reads dy and x and writes dx: memory-bound.
-// Source: Hendrycks, Gimpel 2016, https://arxiv.org/abs/1606.08415
+// Plan: a block takes a tile of columns through a chunk of rows, 16 bytes a thread, several rows
+// under way, so that bias and the sum of dbias stay in registers; dbias as column_sums.cuh says.
+// Bytes: forward reads x and writes y (r n each), backward reads dy and x and writes dx:
+// memory-bound. Source: Hendrycks, Gimpel 2016, https://arxiv.org/abs/1606.08415
 #include "csrc/ops/bias_gelu.h"
 
 #include "csrc/common/math.h"
@@ -16,6 +16,7 @@ namespace fastgpt::cuda {
 namespace {
 
 constexpr int kThreads = 128;  // of a tile of columns
+constexpr int kBlocks = 8;     // of a multiprocessor at least
 constexpr float kSqrt2OverPi = 0.797884561f;
 constexpr float kCubic = 0.044715f;
 constexpr float kSqrtHalf = 0.707106781f;
@@ -61,43 +62,66 @@ struct Tile {
     first_row = chunk * chunk_rows;
     last_row = first_row + chunk_rows < r ? first_row + chunk_rows : r;
   }
+  // This thread's packs of the kRows rows from `row` on, all on their way.
+  template <int kPack, int kRows, typename T>
+  __device__ void read(const TensorRef& t, int64_t row, Pack<T, kPack> (&r_to)[kRows]) const {
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      if (row + k < last_row) r_to[k] = load_pack<kPack>(row_of<const T>(t, row + k) + column);
+    }
+  }
 };
 
 template <typename T, int kPack, bool kTanh>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     bias_gelu_fwd_kernel(BiasGeluFwd p, int64_t chunk_rows) {
+  constexpr int kRows = 4;  // under way at once
   const Tile tile(p.x.size[0], p.x.size[1], chunk_rows, kPack);
   if (tile.column >= p.x.size[1]) return;
   float r_bias[kPack];
   parameters(p.bias, tile.column, 0.0f, r_bias);
-  for (int64_t row = tile.first_row; row < tile.last_row; ++row) {
-    float r_x[kPack];
-    load<kPack>(row_of<const T>(p.x, row) + tile.column, r_x);
+  for (int64_t row = tile.first_row; row < tile.last_row; row += kRows) {
+    Pack<T, kPack> r_x[kRows];
+    tile.read(p.x, row, r_x);
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) r_x[e] = gelu<kTanh>(r_x[e] + r_bias[e]);
-    store<kPack>(row_of<T>(p.y, row) + tile.column, r_x);
+    for (int k = 0; k < kRows; ++k) {
+      if (row + k >= tile.last_row) break;
+      float r_y[kPack];
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) {
+        r_y[e] = gelu<kTanh>(to_float(r_x[k].value[e]) + r_bias[e]);
+      }
+      store<kPack>(row_of<T>(p.y, row + k) + tile.column, r_y);
+    }
   }
 }
 
 // g_partial (chunks, n), or nullptr without dbias.
 template <typename T, int kPack, bool kTanh>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     bias_gelu_bwd_kernel(BiasGeluBwd p, int64_t chunk_rows, float* g_partial) {
+  constexpr int kRows = 2;  // of each of dy and x
   const int64_t n = p.x.size[1];
   const Tile tile(p.x.size[0], n, chunk_rows, kPack);
   if (tile.column >= n) return;
   float r_bias[kPack], r_dbias[kPack] = {};
   parameters(p.bias, tile.column, 0.0f, r_bias);
-  for (int64_t row = tile.first_row; row < tile.last_row; ++row) {
-    float r_x[kPack], r_dy[kPack];
-    load<kPack>(row_of<const T>(p.x, row) + tile.column, r_x);
-    load<kPack>(row_of<const T>(p.dy, row) + tile.column, r_dy);
+  for (int64_t row = tile.first_row; row < tile.last_row; row += kRows) {
+    Pack<T, kPack> r_x[kRows], r_dy[kRows];
+    tile.read(p.x, row, r_x);
+    tile.read(p.dy, row, r_dy);
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) {
-      r_dy[e] *= gelu_derivative<kTanh>(r_x[e] + r_bias[e]);
-      r_dbias[e] += r_dy[e];
+    for (int k = 0; k < kRows; ++k) {
+      if (row + k >= tile.last_row) break;
+      float r_dx[kPack];
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) {
+        const float z = to_float(r_x[k].value[e]) + r_bias[e];
+        r_dx[e] = to_float(r_dy[k].value[e]) * gelu_derivative<kTanh>(z);
+        r_dbias[e] += r_dx[e];
+      }
+      store<kPack>(row_of<T>(p.dx, row + k) + tile.column, r_dx);
     }
-    store<kPack>(row_of<T>(p.dx, row) + tile.column, r_dy);
   }
   if (g_partial != nullptr) store<kPack>(g_partial + tile.chunk * n + tile.column, r_dbias);
 }

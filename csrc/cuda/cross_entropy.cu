@@ -2,19 +2,24 @@
 // smoothing) sum_j w_j x_j. Backward, with p_j = exp(x_j - lse): dx_j = g ((1 - e) w_t (p_j -
 // [j = t]) + e / v (p_j sum(w) - w_j)), g the row's dloss.
 //
-// Plan: one block a row; which thread takes a column depends on v alone, so that a row has the same
-// bits wherever it lies: packs of 16 bytes where v allows, else single elements, eight in flight
-// (v = 50257 is odd: no two rows are aligned alike). The loss is summed in a fixed order in double.
+// Plan: one block a row, in packs of 16 bytes, four of a thread under way; which thread sums a
+// column depends on v alone, so that a row has the same bits wherever it lies (v = 50257 is odd: no
+// two rows are aligned alike, and anywhere.cuh shifts). The loss is summed in a fixed order in
+// double.
 // Bytes: forward reads x (r v), backward reads x and writes dx: memory-bound.
 // Source: Milakov, Gimelshein 2018, https://arxiv.org/abs/1805.02867 (the online sum)
 #include "csrc/ops/cross_entropy.h"
 
+#include <type_traits>
+
+#include "csrc/cuda/anywhere.cuh"
 #include "csrc/cuda/softmax_row.cuh"
 
 namespace fastgpt::cuda {
 namespace {
 
-constexpr int kFinishThreads = 256;
+constexpr int kThreads = 256;  // of a row
+constexpr int kFinishThreads = 512;
 
 __device__ float weight_of(const TensorRef& weight, int64_t j) {
   return weight.data == nullptr ? 1.0f : static_cast<const float*>(weight.data)[j];
@@ -27,32 +32,39 @@ __device__ int64_t target_of(const TensorRef& target, int64_t row, const CrossEn
   return t;
 }
 
-// f(first column, r_x (kPack), or how many of them) group by group, whose loads are all under way
-// before the first is used.
-template <int kPack>
-constexpr int kGroup = kPack == 1 ? 8 : 2;
+// As exp_below; results below the normal numbers, which a sum of at least 1 does not feel, are 0.
+__device__ float power(float x) {
+  return exp2_approx(x * kLog2E);
+}
 
-template <int kPack, typename T, typename F>
-__device__ void for_groups(const T* g_x, int n, const F& f) {
-  constexpr int kCount = kGroup<kPack>;
+// f(first column, r_x, Constant<end>) as for_packs_anywhere says; without kAnywhere, packs lie at
+// addresses that they divide, and there are no ends.
+template <bool kAnywhere, typename T, typename F>
+__device__ void for_groups(const T* g_x, int begin, int n, const F& f) {
+  constexpr int kPack = 16 / sizeof(T), kGroup = 4;
+  if constexpr (kAnywhere) return for_packs_anywhere<kGroup>(g_x, begin, n, f);
   const int step = blockDim.x * kPack;
-  for (int first = threadIdx.x * kPack; first < n; first += step * kCount) {
-    float r_x[kCount][kPack];
+  for (int first = threadIdx.x * kPack; first < n; first += step * kGroup) {
+    Pack<T, kPack> r_group[kGroup];
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
+    for (int k = 0; k < kGroup; ++k) {
       const int i = first + k * step;
-      if (i < n) load<kPack>(g_x + i, r_x[k]);
+      if (i < n) r_group[k] = load_pack<kPack>(g_x + i);
     }
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
+    for (int k = 0; k < kGroup; ++k) {
       const int i = first + k * step;
-      if (i < n) f(i, r_x[k]);
+      if (i >= n) break;
+      float r_x[kPack];
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) r_x[e] = to_float(r_group[k].value[e]);
+      f(i, r_x, Constant<false>{});
     }
   }
 }
 
-template <typename T, int kPack>
-__global__ void __launch_bounds__(kMaxRowThreads) absorb_kernel(CrossEntropyAbsorb p) {
+template <typename T, int kPack, bool kAnywhere>
+__global__ void __launch_bounds__(kThreads, 4) absorb_kernel(CrossEntropyAbsorb p) {
   FASTGPT_SHARED(float, s_reduce, 3 * kWarp);
   const int64_t row = blockIdx.x;
   const int n = static_cast<int>(p.x.size[1]);
@@ -64,41 +76,46 @@ __global__ void __launch_bounds__(kMaxRowThreads) absorb_kernel(CrossEntropyAbso
     return;
   }
   const T* g_x = row_of<const T>(p.x, row);
+  const int64_t picked = target - p.first_class;
+  if (threadIdx.x == 0 && picked >= 0 && picked < n) state.picked = to_float(g_x[picked]);
   const bool smooth = p.options.label_smoothing > 0.0;
   // Distances from a logit near the others lose no digits, however far all of them are from 0.
-  const float begin = to_float(g_x[0]);
+  const float begin = smooth ? to_float(g_x[0]) : 0.0f;
   const float origin = isfinite(begin) ? begin : 0.0f;
   float top = -INFINITY, sum = 0.0f, sums[3] = {0.0f, 0.0f, 0.0f};  // of exp, w (x - origin), w
-  for_groups<kPack>(g_x, n, [&](int i, const float (&r_x)[kPack]) {
+  for_groups<kAnywhere>(g_x, 0, n, [&](int i, float (&r_x)[kPack], auto end) {
+    if (decltype(end)::kValue) {
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) r_x[e] = i + e < n ? r_x[e] : -INFINITY;
+    }
     float pack_top = r_x[0];
 #pragma unroll
     for (int e = 1; e < kPack; ++e) pack_top = fmaxf(pack_top, r_x[e]);
     const float higher = fmaxf(top, pack_top);
     // -inf - -inf would be NaN; against 0 such logits count as 0.
     const float center = higher == -INFINITY ? 0.0f : higher;
-    sum *= exp_below(top - center);
+    sum *= power(top - center);
     top = higher;
 #pragma unroll
+    for (int e = 0; e < kPack; ++e) sum += power(r_x[e] - center);
+    if (!smooth) return;
+#pragma unroll
     for (int e = 0; e < kPack; ++e) {
-      sum += exp_below(r_x[e] - center);
-      if (smooth) {
-        const float w = weight_of(p.weight, p.first_class + i + e);
-        sums[1] = fmaf(w, r_x[e] - origin, sums[1]);
-        sums[2] += w;
-      }
+      if (decltype(end)::kValue && i + e >= n) break;
+      const float w = weight_of(p.weight, p.first_class + i + e);
+      sums[1] = fmaf(w, r_x[e] - origin, sums[1]);
+      sums[2] += w;
     }
   });
   const float row_top = fmaxf(state.top, block_max(top, s_reduce));
   const float center = row_top == -INFINITY ? 0.0f : row_top;
-  sums[0] = sum * exp_below(top - center);
+  sums[0] = sum * power(top - center);
   __syncthreads();  // the maximum has been read
   block_sum(sums, s_reduce);
   if (threadIdx.x != 0) return;
   state.sum = state.sum * exp_below(state.top - center) + sums[0];
   state.top = row_top;
   state.weighted += static_cast<double>(sums[1]) + static_cast<double>(sums[2]) * origin;
-  const int64_t picked = target - p.first_class;
-  if (picked >= 0 && picked < n) state.picked = to_float(g_x[picked]);
   p.rows[row] = state;
 }
 
@@ -119,32 +136,45 @@ __device__ double sum_of_block(double x, double* s_sums) {
 __device__ double total_weight(const TensorRef& weight, int64_t classes, double* s_sums) {
   if (weight.data == nullptr) return static_cast<double>(classes);
   double sum = 0.0;
+#pragma unroll 8
   for (int64_t j = threadIdx.x; j < classes; j += kFinishThreads) sum += weight_of(weight, j);
   return sum_of_block(sum, s_sums);
 }
 
-// One block: the losses of the rows, and their sum.
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(CrossEntropyFinish p) {
+// The losses of the rows, one a thread.
+__global__ void __launch_bounds__(kFinishThreads) finish_rows_kernel(CrossEntropyFinish p) {
   FASTGPT_SHARED(double, s_sums, kFinishThreads);
   const CrossEntropyOptions& o = p.options;
   const double soft = o.label_smoothing / static_cast<double>(o.classes);
   const double all = soft > 0.0 ? total_weight(p.weight, o.classes, s_sums) : 0.0;
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kFinishThreads) + threadIdx.x;
+  if (i >= p.target.size[0]) return;
+  const int64_t target = target_of(p.target, i, o);
+  double loss = 0.0, lse = 0.0;
+  if (target != o.ignore_index) {
+    const CrossEntropyRow row = p.rows[i];
+    const double w = weight_of(p.weight, target), top = row.top;
+    const double log_sum = log(static_cast<double>(row.sum));
+    lse = top + log_sum;
+    loss = (top - row.picked + log_sum) * w;
+    if (soft > 0.0) loss = (1.0 - o.label_smoothing) * loss + soft * (all * lse - row.weighted);
+  }
+  static_cast<float*>(p.row_loss.data)[i] = static_cast<float>(loss);
+  static_cast<double*>(p.lse.data)[i] = lse;
+}
+
+// One block: the sum of the rows' losses.
+__global__ void __launch_bounds__(kFinishThreads) finish_sum_kernel(CrossEntropyFinish p) {
+  FASTGPT_SHARED(double, s_sums, kFinishThreads);
+  const CrossEntropyOptions& o = p.options;
+  const auto* g_target = static_cast<const int64_t*>(p.target.data);
+  const auto* g_loss = static_cast<const float*>(p.row_loss.data);
   double loss_sum = 0.0, weight_sum = 0.0;
+#pragma unroll 8
   for (int64_t i = threadIdx.x; i < p.target.size[0]; i += kFinishThreads) {
-    const int64_t target = target_of(p.target, i, o);
-    double loss = 0.0, lse = 0.0;
-    if (target != o.ignore_index) {
-      const CrossEntropyRow row = p.rows[i];
-      const double w = weight_of(p.weight, target), top = row.top;
-      const double log_sum = log(static_cast<double>(row.sum));
-      lse = top + log_sum;
-      loss = (top - row.picked + log_sum) * w;
-      if (soft > 0.0) loss = (1.0 - o.label_smoothing) * loss + soft * (all * lse - row.weighted);
-      weight_sum += w;
-    }
-    static_cast<float*>(p.row_loss.data)[i] = static_cast<float>(loss);
-    static_cast<double*>(p.lse.data)[i] = lse;
-    loss_sum += static_cast<float>(loss);
+    const int64_t target = g_target[i];
+    if (target != o.ignore_index) weight_sum += weight_of(p.weight, target);
+    loss_sum += g_loss[i];
   }
   loss_sum = sum_of_block(loss_sum, s_sums);
   weight_sum = sum_of_block(weight_sum, s_sums);
@@ -163,8 +193,8 @@ __global__ void __launch_bounds__(kFinishThreads)
 }
 
 // g_total: the sum of the class weights, read under label smoothing alone.
-template <typename T, typename Y, int kPack>
-__global__ void __launch_bounds__(kMaxRowThreads)
+template <typename T, typename Y, int kPack, bool kAnywhere>
+__global__ void __launch_bounds__(kThreads, 4)
     cross_entropy_bwd_kernel(CrossEntropyBwd p, const double* g_total) {
   const int64_t row = blockIdx.x;
   const int n = static_cast<int>(p.x.size[1]);
@@ -172,9 +202,15 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const T* g_x = row_of<const T>(p.x, row);
   Y* g_dx = row_of<Y>(p.dx, row);
   const int64_t target = target_of(p.target, row, o);
+  // No column knows of another: each thread takes those that it can store at once.
+  const int begin = kAnywhere ? -columns_before<kPack>(g_dx) : 0;
   if (target == o.ignore_index) {
     const float r_zero[kPack] = {};
-    for_packs<kPack, false>(n, [&](int, int i) { store<kPack>(g_dx + i, r_zero); });
+    for_packs<kPack, false>(n - begin, [&](int, int i) {
+      i += begin;
+      const bool whole = !kAnywhere || (i >= 0 && i + kPack <= n);
+      whole ? store<kPack>(g_dx + i, r_zero) : store_within(g_dx, i, n, r_zero);
+    });
     return;
   }
   const float* g_dloss = static_cast<const float*>(p.dloss.data);
@@ -191,39 +227,53 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const double lse = static_cast<const double*>(p.lse.data)[row];
   const float high = static_cast<float>(lse), low = static_cast<float>(lse - high);
   const int64_t picked = target - p.first_class;
-  for_groups<kPack>(g_x, n, [&](int i, const float (&r_x)[kPack]) {
+  for_groups<kAnywhere>(g_x, begin, n, [&](int i, const float (&r_x)[kPack], auto end) {
     float r_dx[kPack];
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
       r_dx[e] = exp_below((r_x[e] - high) - low) * of_p;
-      if (smooth) r_dx[e] -= of_weight * weight_of(p.weight, p.first_class + i + e);
-      if (i + e == picked) r_dx[e] -= of_target;
     }
-    store<kPack>(g_dx + i, r_dx);
+    if (smooth) {
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) {
+        if (decltype(end)::kValue && (i + e < 0 || i + e >= n)) continue;
+        r_dx[e] -= of_weight * weight_of(p.weight, p.first_class + i + e);
+      }
+    }
+    if (picked >= i && picked < i + kPack) {
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) r_dx[e] -= i + e == picked ? of_target : 0.0f;
+    }
+    decltype(end)::kValue ? store_within(g_dx, i, n, r_dx) : store<kPack>(g_dx + i, r_dx);
   });
 }
 
-// f(Type<T>, Constant<pack>, threads of a block).
+// f(Type<T>, Constant<pack>, Constant<anywhere>): in packs of 16 bytes of x.
 template <typename F>
 void for_rows(const TensorRef& x, std::initializer_list<TensorRef> tensors, const F& f) {
   const RowPlan plan = plan_rows(x.size[1], pack_of(x), tensors);
   visit_dtype<__nv_bfloat16, __half>(x.dtype, [&](auto type) {
-    constexpr int kWide = 16 / sizeof(typename decltype(type)::type);
-    visit_pack<kWide>(plan, [&](auto pack) { f(type, pack, dim3(plan.threads)); });
+    constexpr int kPack = 16 / sizeof(typename decltype(type)::type);
+    visit_bool(plan.pack != kPack, [&](auto anywhere) { f(type, Constant<kPack>{}, anywhere); });
   });
 }
 
 }  // namespace
 
 void cross_entropy_absorb(const CrossEntropyAbsorb& p, void* stream) {
-  for_rows(p.x, {p.x}, [&](auto type, auto pack, dim3 threads) {
-    launch(absorb_kernel<typename decltype(type)::type, decltype(pack)::kValue>,
-           dim3(grid_size(p.x.size[0])), threads, 0, stream, p);
+  for_rows(p.x, {p.x}, [&](auto type, auto pack, auto anywhere) {
+    using T = typename decltype(type)::type;
+    launch(absorb_kernel<T, decltype(pack)::kValue, decltype(anywhere)::kValue>,
+           dim3(grid_size(p.x.size[0])), dim3(kThreads), 0, stream, p);
   });
 }
 
 void cross_entropy_finish(const CrossEntropyFinish& p, void* stream) {
-  launch(finish_kernel, dim3(1), dim3(kFinishThreads), 0, stream, p);
+  const int64_t blocks = (p.target.size[0] + kFinishThreads - 1) / kFinishThreads;
+  if (blocks > 0) {
+    launch(finish_rows_kernel, dim3(grid_size(blocks)), dim3(kFinishThreads), 0, stream, p);
+  }
+  launch(finish_sum_kernel, dim3(1), dim3(kFinishThreads), 0, stream, p);
 }
 
 void cross_entropy_bwd(const CrossEntropyBwd& p, double* workspace, void* stream) {
@@ -231,12 +281,12 @@ void cross_entropy_bwd(const CrossEntropyBwd& p, double* workspace, void* stream
     launch(total_weight_kernel, dim3(1), dim3(kFinishThreads), 0, stream, p.weight,
            p.options.classes, workspace);
   }
-  for_rows(p.x, {p.x, p.dx}, [&](auto type, auto pack, dim3 threads) {
+  for_rows(p.x, {p.x, p.dx}, [&](auto type, auto pack, auto anywhere) {
     using T = typename decltype(type)::type;
     const auto run = [&](auto result) {
       using Y = typename decltype(result)::type;
-      launch(cross_entropy_bwd_kernel<T, Y, decltype(pack)::kValue>, dim3(grid_size(p.x.size[0])),
-             threads, 0, stream, p, workspace);
+      launch(cross_entropy_bwd_kernel<T, Y, decltype(pack)::kValue, decltype(anywhere)::kValue>,
+             dim3(grid_size(p.x.size[0])), dim3(kThreads), 0, stream, p, workspace);
     };
     if constexpr (std::is_same_v<T, float>) {
       visit_dtype<__nv_bfloat16, __half>(p.dx.dtype, run);

@@ -36,6 +36,7 @@ CASES = (
     case("prime", 7, 131),
     case("just_over_a_vector", 3, 17),
     case("just_over_a_chunk_of_rows", 67, 33),
+    case("chunks_of_several_rows", 1100, 40),
     case("batch_and_sequence", 2, 5, 48),
     case("erf", 7, 131, approximate="none"),
     case("no_bias", 6, 48, bias=False),

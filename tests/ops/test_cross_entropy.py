@@ -145,7 +145,7 @@ def test_contract(backend: str, dtype: torch.dtype, case: Case) -> None:
 
 
 @pytest.mark.parametrize("v", [131, 5003])
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda_emulated"])
 def test_a_row_has_the_same_bits_wherever_it_lies(backend: str, v: int) -> None:
     """In bfloat16 a row of odd length begins at any even address; lse keeps every digit."""
     skip_unless_runs("cross_entropy", backend)
