@@ -23,35 +23,45 @@ struct PanelTile {
   __device__ static T* chunk(T* s_tile, int row, int chunk) {
     return s_tile + chunk / 8 * kPanelElements + swizzled<8>(row, chunk % 8) * 8;
   }
-  // Columns 16 step on, from `row` on (a multiple of 8): a factor whose rows are those of the tile.
+  // A factor whose rows are those of the tile, and the bytes to its columns 16 step on.
   template <typename T>
-  __device__ static SharedMatrix columns(const T* s_tile, int row, int step) {
-    const T* s_first = s_tile + step / 4 * kPanelElements + row * kPanelColumns + step % 4 * 16;
-    return shared_matrix(s_first, kChunkBytes);
+  __device__ static SharedMatrix by_columns(const T* s_tile) {
+    return shared_matrix(s_tile, kChunkBytes);
   }
-  // Rows 16 step on: a factor whose columns are those of the tile.
+  __device__ static constexpr int column_bytes(int step) {
+    return step / 4 * kPanelElements * 2 + step % 4 * 2 * kChunkBytes;
+  }
+  // A factor whose columns are those of the tile; its rows 16 step on are 16 rows of a panel away.
   template <typename T>
-  __device__ static SharedMatrix rows(const T* s_tile, int step) {
-    return shared_matrix(s_tile + step * 16 * kPanelColumns, 2 * kPanelElements);
+  __device__ static SharedMatrix by_rows(const T* s_tile) {
+    return shared_matrix(s_tile, 2 * kPanelElements);
   }
 
-  // By a warpgroup, the whole block; what is copied and when as in load_rows(). A running pointer:
-  // addresses that are kept for the next tile would take the registers.
+  // By a warpgroup, the whole block; what is copied and when as in load_rows(). `whole`: all rows
+  // are alive. A running pointer: addresses that are kept for the next tile would take registers.
   template <typename T, typename F>
   __device__ static void load(T* s_tile, const T* g_rows, int64_t stride, int d, bool direct,
-                              const F& alive) {
+                              bool whole, const F& alive) {
     constexpr int kLanes = kD <= kPanelColumns ? 8 : 16;  // of a row
     constexpr int kStep = kWarpgroup / kLanes;
     static_assert(kStep % 8 == 0 && kRows % kStep == 0, "rows so far apart are swizzled alike");
     const int lane = static_cast<int>(threadIdx.x) % kLanes, column = lane * 8;
     if (column >= kD) return;
-    int row = static_cast<int>(threadIdx.x) / kLanes;
-    const int there = min(max(d - column, 0), 8);
+    const int row = static_cast<int>(threadIdx.x) / kLanes;
     const T* g_from = g_rows + row * stride + column;
     T* s_to = chunk(s_tile, row, lane);
+    const int there = min(max(d - column, 0), 8);
+    if (direct && whole && there == 8) {
 #pragma unroll
+      for (int i = 0; i < kRows / kStep; ++i) {
+        copy_chunk_async(s_to + i * kStep * kPanelColumns, g_from);
+        g_from += kStep * stride;
+      }
+      return;
+    }
+#pragma unroll 1
     for (int i = 0; i < kRows / kStep; ++i) {
-      const int count = alive(row) ? there : 0;
+      const int count = alive(row + i * kStep) ? there : 0;
       if (direct) {
         copy_chunk_async(s_to, count > 0 ? g_from : g_rows, 2 * count);
       } else {
@@ -60,7 +70,6 @@ struct PanelTile {
         for (int e = 0; e < 8; ++e) pack.value[e] = e < count ? g_from[e] : from_float<T>(0.0f);
         *reinterpret_cast<Pack<T, 8>*>(s_to) = pack;
       }
-      row += kStep;
       g_from += kStep * stride;
       s_to += kStep * kPanelColumns;
     }
@@ -80,20 +89,24 @@ struct PanelTile {
 template <int kRows, int kD, typename T>
 __device__ inline void issue_transposed(float (&r)[kRows / 8][4], const uint32_t (&r_a)[kD / 16][4],
                                         const T* s_b) {
+  using Tile = PanelTile<kRows, kD>;
+  const SharedMatrix b = Tile::by_columns(s_b);
 #pragma unroll
   for (int step = 0; step < kD / 16; ++step) {
-    wgmma_rs<T, kRows, true>(r, r_a[step], PanelTile<kRows, kD>::columns(s_b, 0, step), step > 0);
+    wgmma_rs<T, kRows, true>(r, r_a[step], advanced(b, Tile::column_bytes(step)), step > 0);
   }
 }
 
-// r = a b^T: a the warpgroup's 64 rows, from `row` on, of a tile of kRowsA rows.
-template <int kRowsA, int kRows, int kD, typename T>
-__device__ inline void issue_transposed(float (&r)[kRows / 8][4], const T* s_a, int row,
-                                        const T* s_b) {
+// r = a b^T: a the 64 rows of a tile.
+template <int kRows, int kD, typename T>
+__device__ inline void issue_transposed(float (&r)[kRows / 8][4], const T* s_a, const T* s_b) {
+  using Own = PanelTile<kGroupRows, kD>;
+  using Tile = PanelTile<kRows, kD>;
+  const SharedMatrix a = Own::by_columns(s_a), b = Tile::by_columns(s_b);
 #pragma unroll
   for (int step = 0; step < kD / 16; ++step) {
-    wgmma_ss<T, kRows>(r, PanelTile<kRowsA, kD>::columns(s_a, row, step),
-                       PanelTile<kRows, kD>::columns(s_b, 0, step), step > 0);
+    wgmma_ss<T, kRows>(r, advanced(a, Own::column_bytes(step)),
+                       advanced(b, Tile::column_bytes(step)), step > 0);
   }
 }
 
@@ -101,9 +114,10 @@ __device__ inline void issue_transposed(float (&r)[kRows / 8][4], const T* s_a, 
 template <int kRows, int kD, typename T>
 __device__ inline void issue(float (&r)[kD / 8][4], const uint32_t (&r_p)[kRows / 16][4],
                              const T* s_b) {
+  const SharedMatrix b = PanelTile<kRows, kD>::by_rows(s_b);
 #pragma unroll
   for (int step = 0; step < kRows / 16; ++step) {
-    wgmma_rs<T, kD>(r, r_p[step], PanelTile<kRows, kD>::rows(s_b, step), true);
+    wgmma_rs<T, kD>(r, r_p[step], advanced(b, step * 16 * kPanelRowBytes), true);
   }
 }
 

@@ -55,6 +55,32 @@ __device__ inline void load(const T* g_from, float (&r_to)[kCount]) {
   for (int i = 0; i < kCount; ++i) r_to[i] = to_float(pack.value[i]);
 }
 
+// A pack as it lies in memory, in whole registers: the compiler takes a Pack apart at once, and so
+// waits for the load.
+template <typename T, int kCount>
+struct RawPack {
+  static constexpr int kBytes = sizeof(T) * kCount;
+  uint32_t word[(kBytes + 3) / 4];
+
+  __device__ void load(const T* g_from) {
+    if constexpr (kBytes % 4 == 0) {
+      const Pack<uint32_t, kBytes / 4> pack =
+          *reinterpret_cast<const Pack<uint32_t, kBytes / 4>*>(g_from);
+#pragma unroll
+      for (int i = 0; i < kBytes / 4; ++i) word[i] = pack.value[i];
+    } else {
+      static_assert(kBytes == 2, "a pack is one element, or whole registers");
+      word[0] = *reinterpret_cast<const uint16_t*>(g_from);
+    }
+  }
+  __device__ void floats(float (&r_to)[kCount]) const {
+    T r_value[kCount];
+    memcpy(r_value, word, sizeof r_value);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) r_to[i] = to_float(r_value[i]);
+  }
+};
+
 // To global memory. In PTX: in a loop the compiler may take the store of a struct apart, element by
 // element.
 template <int kCount, typename T>
@@ -148,9 +174,20 @@ __device__ inline unsigned shared_address(const void* s_address) {
 }
 #endif
 
-// One chunk of which the first `bytes` (0 to 16) are read, the others become zero. It may arrive
-// at any time until a wait of this thread for its group; other threads see it after a barrier.
-__device__ inline void copy_chunk_async(void* s_to, const void* g_from, int bytes = kChunkBytes) {
+// One chunk. It may arrive at any time until a wait of this thread for its group; other threads see
+// it after a barrier.
+__device__ inline void copy_chunk_async(void* s_to, const void* g_from) {
+#if defined(FASTGPT_EMULATED)
+  emulator::copy_async(s_to, g_from, kChunkBytes);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(s_to)),
+               "l"(__cvta_generic_to_global(g_from))
+               : "memory");
+#endif
+}
+
+// Likewise one of which the first `bytes` (0 to 16) are read and the others become zero.
+__device__ inline void copy_chunk_async(void* s_to, const void* g_from, int bytes) {
 #if defined(FASTGPT_EMULATED)
   emulator::copy_async(s_to, g_from, bytes);
 #else

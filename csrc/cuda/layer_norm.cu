@@ -86,20 +86,20 @@ constexpr int kBackwardThreads = 256;  // of a block, where one row has fewer
 // What one thread holds of a row, as stored.
 template <typename T, typename Y, int kPack>
 struct RowPacks {
-  Pack<T, kPack> x[kCachedPacks];
-  Pack<Y, kPack> dy[kCachedPacks];
+  RawPack<T, kPack> x[kCachedPacks];
+  RawPack<Y, kPack> dy[kCachedPacks];
   float mean, rstd;
 };
 
-// A thread's sums for the columns of its packs, in shared memory. No other thread touches them; in
-// groups of four, so that a warp's accesses lie side by side.
+// A float for each column of a thread's packs, in shared memory, in groups of four, so that a
+// warp's accesses lie side by side.
 template <int kPack>
-struct PackSums {
+struct PackFloats {
   static constexpr int kGroup = kPack < 4 ? kPack : 4;
   float* s_first;  // of this thread
   // Of all threads of a row.
   __device__ static int size() { return blockDim.x * kCachedPacks * kPack; }
-  __device__ PackSums(float* s_row) : s_first(s_row + threadIdx.x * kGroup) {}
+  __device__ PackFloats(float* s_row) : s_first(s_row + threadIdx.x * kGroup) {}
   __device__ float* group(int c, int e) const {
     return s_first + (c * kPack + e) / kGroup * kGroup * blockDim.x;
   }
@@ -107,6 +107,24 @@ struct PackSums {
     const float r_zero[kGroup] = {};
 #pragma unroll
     for (int e = 0; e < kCachedPacks * kPack; e += kGroup) put(group(0, e), r_zero);
+  }
+  __device__ void set(int c, const float (&r_x)[kPack]) const {
+#pragma unroll
+    for (int e = 0; e < kPack; e += kGroup) {
+      float r_group[kGroup];
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) r_group[i] = r_x[e + i];
+      put(group(c, e), r_group);
+    }
+  }
+  __device__ void get(int c, float (&r_x)[kPack]) const {
+#pragma unroll
+    for (int e = 0; e < kPack; e += kGroup) {
+      float r_group[kGroup];
+      load<kGroup>(group(c, e), r_group);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) r_x[e + i] = r_group[i];
+    }
   }
   // sums += r_x for the columns of pack c, or r_x += sums.
   __device__ void add(int c, const float (&r_x)[kPack]) const {
@@ -143,18 +161,27 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   FASTGPT_DYNAMIC_SHARED(s_dynamic);
   const int64_t r = p.x.size[0];
   const int n = static_cast<int>(p.x.size[1]);
-  using Sums = PackSums<kPack>;
+  using Floats = PackFloats<kPack>;
   float* s_sums = reinterpret_cast<float*>(s_dynamic);
-  const Sums dweight(s_sums + (2 * threadIdx.y) * Sums::size());
-  const Sums dbias(s_sums + (2 * threadIdx.y + 1) * Sums::size());
+  const Floats dweight(s_sums + (2 * threadIdx.y) * Floats::size());
+  const Floats dbias(s_sums + (2 * threadIdx.y + 1) * Floats::size());
+  const Floats weight(s_sums + 2 * blockDim.y * Floats::size());
   dweight.clear();
   dbias.clear();
+  if (threadIdx.y == 0) {
+    for_packs<kPack, true>(n, [&](int c, int i) {
+      float r_weight[kPack];
+      parameters(p.weight, i, 1.0f, r_weight);
+      weight.set(c, r_weight);
+    });
+  }
+  __syncthreads();
   const auto read = [&](int64_t row, RowPacks<T, Y, kPack>& r_row) {
     const T* g_x = row_of<const T>(p.x, row);
     const Y* g_dy = row_of<const Y>(p.dy, row);
     for_packs<kPack, true>(n, [&](int c, int i) {
-      r_row.x[c] = load_pack<kPack>(g_x + i);
-      r_row.dy[c] = load_pack<kPack>(g_dy + i);
+      r_row.x[c].load(g_x + i);
+      r_row.dy[c].load(g_dy + i);
     });
     r_row.mean = static_cast<const float*>(p.mean.data)[row];
     r_row.rstd = static_cast<const float*>(p.rstd.data)[row];
@@ -169,23 +196,28 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     const bool exists = row < last;
     const RowPacks<T, Y, kPack> r_row = r_next;
     if (row + blockDim.y < last) read(row + blockDim.y, r_next);  // on its way during this row
-    Pack<T, kPack> r_ds[kCachedPacks] = {};
+    RawPack<T, kPack> r_ds[kCachedPacks] = {};
     if (exists && p.ds.data != nullptr) {
       const T* g_ds = row_of<const T>(p.ds, row);
-      for_packs<kPack, true>(n, [&](int c, int i) { r_ds[c] = load_pack<kPack>(g_ds + i); });
+      for_packs<kPack, true>(n, [&](int c, int i) { r_ds[c].load(g_ds + i); });
     }
-    const auto xhat = [&](int c, int e) {
-      return (to_float(r_row.x[c].value[e]) - r_row.mean) * r_row.rstd;
+    // Of pack c: xhat, dy and the weights.
+    const auto unpack = [&](int c, float (&r_xhat)[kPack], float (&r_dy)[kPack],
+                            float (&r_weight)[kPack]) {
+      r_row.x[c].floats(r_xhat);
+      r_row.dy[c].floats(r_dy);
+      weight.get(c, r_weight);
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) r_xhat[e] = (r_xhat[e] - r_row.mean) * r_row.rstd;
     };
     float sums[2] = {0.0f, 0.0f};  // of g, of g * xhat
     if (exists) {
-      for_packs<kPack, true>(n, [&](int c, int i) {
-        float r_weight[kPack], r_dy[kPack], r_dweight[kPack];
-        parameters(p.weight, i, 1.0f, r_weight);
+      for_packs<kPack, true>(n, [&](int c, int) {
+        float r_xhat[kPack], r_weight[kPack], r_dy[kPack], r_dweight[kPack];
+        unpack(c, r_xhat, r_dy, r_weight);
 #pragma unroll
         for (int e = 0; e < kPack; ++e) {
-          r_dy[e] = to_float(r_row.dy[c].value[e]);
-          r_dweight[e] = r_dy[e] * xhat(c, e);
+          r_dweight[e] = r_dy[e] * r_xhat[e];
           sums[0] += r_dy[e] * r_weight[e];
           sums[1] += r_dweight[e] * r_weight[e];
         }
@@ -198,12 +230,13 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     const float mean_g = sums[0] / n, mean_gx = sums[1] / n;
     T* g_dx = row_of<T>(p.dx, row);
     for_packs<kPack, true>(n, [&](int c, int i) {
-      float r_weight[kPack], r_dx[kPack];
-      parameters(p.weight, i, 1.0f, r_weight);
+      float r_xhat[kPack], r_weight[kPack], r_dy[kPack], r_dx[kPack], r_add[kPack];
+      unpack(c, r_xhat, r_dy, r_weight);
+      r_ds[c].floats(r_add);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
-        const float g = to_float(r_row.dy[c].value[e]) * r_weight[e];
-        r_dx[e] = r_row.rstd * ((g - mean_g) - xhat(c, e) * mean_gx) + to_float(r_ds[c].value[e]);
+        const float g = r_dy[e] * r_weight[e];
+        r_dx[e] = r_row.rstd * ((g - mean_g) - r_xhat[e] * mean_gx) + r_add[e];
       }
       store<kPack>(g_dx + i, r_dx);
     });
@@ -215,7 +248,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     for_packs<kPack, true>(n, [&](int c, int i) {
       float r_sum[kPack] = {};
       for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
-        Sums(s_sums + (2 * y + kind) * Sums::size()).add_to(c, r_sum);
+        Floats(s_sums + (2 * y + kind) * Floats::size()).add_to(c, r_sum);
       }
       store<kPack>(g_to + i, r_sum);
     });
@@ -317,9 +350,9 @@ void layer_norm_bwd(const LayerNormBwd& p, float* workspace, void* stream) {
     constexpr int kPack = decltype(pack)::kValue < kWidest ? decltype(pack)::kValue : kWidest;
     if constexpr (decltype(cached)::kValue) {
       const int rows = std::max(1, kBackwardThreads / plan.threads);
-      const size_t sums = size_t{2} * rows * plan.threads * kCachedPacks * kPack;
+      const size_t floats = (size_t{2} * rows + 1) * plan.threads * kCachedPacks * kPack;
       launch(layer_norm_bwd_kernel<T, Y, kPack>, grid, dim3(plan.threads, rows),
-             sums * sizeof(float), stream, p, chunk_rows_of(r), workspace);
+             floats * sizeof(float), stream, p, chunk_rows_of(r), workspace);
     } else {
       const size_t sums = 2 * sizeof(float) * n;
       const bool shared = sums <= kMostSharedBytes;

@@ -26,8 +26,13 @@ constexpr int kPanelAlignment = 8 * kPanelRowBytes;
 #if defined(FASTGPT_EMULATED)
 using emulator::SharedMatrix;
 #else
+// The low half of a matrix descriptor. The high half: 128-byte swizzle, and 8 rows to the next 8.
 struct SharedMatrix {
-  uint64_t bits;
+  uint32_t low;
+  __device__ uint64_t bits() const {
+    constexpr uint64_t kHigh = uint64_t{1} << 30 | kPanelAlignment >> 4;
+    return kHigh << 32 | low;
+  }
 };
 #endif
 
@@ -35,10 +40,16 @@ __device__ inline SharedMatrix shared_matrix(const void* s_first, int panel_byte
 #if defined(FASTGPT_EMULATED)
   return {s_first, panel_bytes};
 #else
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kStride = uint64_t{kPanelAlignment >> 4} << 32;  // from 8 rows to the next 8
-  return {kSwizzle128 | kStride | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
-          (shared_address(s_first) >> 4 & 0x3fff)};
+  return {static_cast<uint32_t>(panel_bytes >> 4) << 16 | (shared_address(s_first) >> 4 & 0x3fff)};
+#endif
+}
+
+// The matrix that begins `bytes` (a multiple of 16) further.
+__device__ inline SharedMatrix advanced(SharedMatrix m, int bytes) {
+#if defined(FASTGPT_EMULATED)
+  return {static_cast<const unsigned char*>(m.s_first) + bytes, m.panel_bytes};
+#else
+  return {m.low + static_cast<uint32_t>(bytes >> 4)};
 #endif
 }
 
@@ -137,11 +148,11 @@ __device__ inline void hold(float (&r)[kN][4]) {
 #define FASTGPT_WGMMA_SS(n, type, layout)                                           \
   asm volatile(FASTGPT_WGMMA(n, type, FASTGPT_SS_##n, FASTGPT_SS_##n##_ADD, layout) \
                : FASTGPT_R##n                                                       \
-               : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(add)))
+               : "l"(a.bits()), "l"(b.bits()), "r"(static_cast<int>(add)))
 #define FASTGPT_WGMMA_RS(n, type, layout)                                           \
   asm volatile(FASTGPT_WGMMA(n, type, FASTGPT_RS_##n, FASTGPT_RS_##n##_ADD, layout) \
                : FASTGPT_R##n                                                       \
-               : "r"(r_a[0]), "r"(r_a[1]), "r"(r_a[2]), "r"(r_a[3]), "l"(b.bits),   \
+               : "r"(r_a[0]), "r"(r_a[1]), "r"(r_a[2]), "r"(r_a[3]), "l"(b.bits()),   \
                  "r"(static_cast<int>(add)))
 // For the kN and the type of the function that it stands in.
 #define FASTGPT_WGMMA_OF(f, layout) \
