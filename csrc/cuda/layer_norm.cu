@@ -170,10 +170,11 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     const RowPacks<T, Y, kPack> r_row = r_next;
     if (row + blockDim.y < last) read(row + blockDim.y, r_next);  // on its way during this row
     Pack<T, kPack> r_ds[kCachedPacks] = {};
-    if (exists && p.ds.data != nullptr) {
-      const T* g_ds = row_of<const T>(p.ds, row);
-      for_packs<kPack, true>(n, [&](int c, int i) { r_ds[c] = load_pack<kPack>(g_ds + i); });
-    }
+    const auto read_ds = [&](int c, int i) {
+      if (p.ds.data != nullptr) r_ds[c] = load_pack<kPack>(row_of<const T>(p.ds, row) + i);
+    };
+    constexpr bool kEarly = sizeof(T) < 4;  // or float32 rows would spill
+    if (kEarly && exists) for_packs<kPack, true>(n, read_ds);
     const auto xhat = [&](int c, int e) {
       return (to_float(r_row.x[c].value[e]) - r_row.mean) * r_row.rstd;
     };
@@ -199,6 +200,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     T* g_dx = row_of<T>(p.dx, row);
     for_packs<kPack, true>(n, [&](int c, int i) {
       float r_weight[kPack], r_dx[kPack];
+      if (!kEarly) read_ds(c, i);
       parameters(p.weight, i, 1.0f, r_weight);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
