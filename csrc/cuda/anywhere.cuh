@@ -37,56 +37,108 @@ __device__ inline Pack<T, kChunkBytes / sizeof(T)> shifted(const uint4 (&r_chunk
   return r_pack;
 }
 
-// f(first column, r_x, Constant<end>) for this thread's packs of 16 bytes of the row [0, n), which
-// begin at column `begin` (not after 0) and go round the threads along x. kGroup packs are under
-// way before the first is used. Only a pack at an end (end: true) may have columns outside of the
-// row, as zeros.
-template <int kGroup, typename T, typename F>
-__device__ inline void for_packs_anywhere(const T* g_row, int begin, int n, const F& f) {
+// f(first column, r_x, Constant<end>) for this thread's packs of 16 bytes of rows [0, n), r_x[k] of
+// row k. Packs begin at column `begin` (not after 0) and go round the threads along x; kGroup of
+// them are under way before the first is used. Only a pack at an end (end: true) may have columns
+// outside of the row, as zeros. kBack: the last groups first, which caches have that have seen the
+// row.
+template <int kGroup, bool kBack, int kRows, typename T, typename F>
+__device__ inline void for_packs_anywhere(const T* const (&g_rows)[kRows], int begin, int n,
+                                          const F& f) {
   constexpr int kPack = kChunkBytes / sizeof(T);
   const int threads = blockDim.x, thread = threadIdx.x;
-  const int shift = columns_before<kPack>(g_row + begin);
-  const auto whole = [&](const Pack<T, kPack>& r_pack, int q, auto end) {
-    float r_x[kPack];
+  const auto use = [&](const Pack<T, kPack>(&r_packs)[kRows], int q, auto end) {
+    float r_x[kRows][kPack];
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) r_x[e] = to_float(r_pack.value[e]);
+    for (int k = 0; k < kRows; ++k) {
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) r_x[k][e] = to_float(r_packs[k].value[e]);
+    }
     f(begin + q * kPack, r_x, end);
   };
   const auto by_element = [&](int q) {
-    if (q % threads != thread) return;
-    Pack<T, kPack> r_pack = {};
+    Pack<T, kPack> r_packs[kRows] = {};
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
       const int column = begin + q * kPack + e;
-      if (column >= 0 && column < n) r_pack.value[e] = g_row[column];
+      if (column < 0 || column >= n) continue;
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) r_packs[k].value[e] = g_rows[k][column];
     }
-    whole(r_pack, q, Constant<true>{});
+    use(r_packs, q, Constant<true>{});
   };
-  // Packs [first, last) are those whose chunks are inside the row.
-  const int packs = (n - begin + kPack - 1) / kPack;
-  const int reach = shift == 0 ? kPack : 2 * kPack - shift;
-  const int first = begin < shift ? 1 : 0;
-  const int inside = n - begin < reach ? 0 : (n - begin - reach) / kPack + 1;
-  const int last = inside < first ? first : inside;
-  if (first == 1) by_element(0);
-  const T* g_chunks = g_row + (begin - shift);
-  for (int q = thread < first ? thread + threads : thread; q < last; q += kGroup * threads) {
-    uint4 r_chunks[kGroup][2];
+  int shift[kRows];
+  const T* g_chunks[kRows];
 #pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      if (q + k * threads >= last) break;
-      const T* g_from = g_chunks + (q + k * threads) * kPack;
-      r_chunks[k][0] = load_chunk(g_from);
-      // That of the next thread; its line is on its way to L1.
-      if (shift != 0) r_chunks[k][1] = load_chunk(g_from + kPack);
+  for (int k = 0; k < kRows; ++k) {
+    shift[k] = columns_before<kPack>(g_rows[k] + begin);
+    g_chunks[k] = g_rows[k] + (begin - shift[k]);
+  }
+  // The chunks of packs [2, last) are inside the rows, however those lie; the others, no more than
+  // there are threads, are read element by element.
+  const int packs = (n - begin + kPack - 1) / kPack, whole = (n - begin) / kPack;
+  const int last = whole < 3 ? 2 : whole - 1;
+  if (thread < 2 && thread < packs) by_element(thread);
+  const int start = thread < 2 ? thread + threads : thread, step = kGroup * threads;
+  const int back = start < last ? (last - 1 - start) / step * step : -step;  // to the last group
+  for (int q = kBack ? start + back : start; kBack ? q >= start : q < last;
+       q += kBack ? -step : step) {
+    uint4 r_chunks[kGroup][kRows][2];
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      if (q + g * threads >= last) break;
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        const T* g_from = g_chunks[k] + (q + g * threads) * kPack;
+        r_chunks[g][k][0] = load_chunk(g_from);
+        // That of the next thread; its line is on its way to L1.
+        if (shift[k] != 0) r_chunks[g][k][1] = load_chunk(g_from + kPack);
+      }
     }
 #pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      if (q + k * threads >= last) break;
-      whole(shifted<T>(r_chunks[k], shift), q + k * threads, Constant<false>{});
+    for (int g = 0; g < kGroup; ++g) {
+      if (q + g * threads >= last) break;
+      Pack<T, kPack> r_packs[kRows];
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) r_packs[k] = shifted<T>(r_chunks[g][k], shift[k]);
+      use(r_packs, q + g * threads, Constant<false>{});
     }
   }
-  for (int q = last; q < packs; ++q) by_element(q);
+  const int rest = last + (thread + threads - last % threads) % threads;
+  if (rest < packs) by_element(rest);
+}
+
+// The same; without kAnywhere, packs lie at addresses that they divide, and there are no ends.
+template <bool kAnywhere, int kGroup, bool kBack, int kRows, typename T, typename F>
+__device__ inline void for_groups(const T* const (&g_rows)[kRows], int begin, int n, const F& f) {
+  if constexpr (kAnywhere) return for_packs_anywhere<kGroup, kBack>(g_rows, begin, n, f);
+  constexpr int kPack = kChunkBytes / sizeof(T);
+  const int step = blockDim.x * kPack;
+  const int groups = (n + step * kGroup - 1) / (step * kGroup);
+  for (int group = 0; group < groups; ++group) {
+    const int first = (kBack ? groups - 1 - group : group) * step * kGroup +
+                      static_cast<int>(threadIdx.x) * kPack;
+    Pack<T, kPack> r_group[kGroup][kRows];
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      const int i = first + g * step;
+      if (i >= n) break;
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) r_group[g][k] = load_pack<kPack>(g_rows[k] + i);
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      const int i = first + g * step;
+      if (i >= n) break;
+      float r_x[kRows][kPack];
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+#pragma unroll
+        for (int e = 0; e < kPack; ++e) r_x[k][e] = to_float(r_group[g][k].value[e]);
+      }
+      f(i, r_x, Constant<false>{});
+    }
+  }
 }
 
 // To columns i to i + kPack - 1 of the row [0, n), as far as they are in it.

@@ -5,28 +5,32 @@
 // of queries; scores are (keys, queries), so that P^T and dS^T are factors in registers. The
 // product v dout^T runs under the exponentials of k q^T, p^T dout under dS, ds^T q under the
 // products of the next tile.
+#include <cstdlib>
+
 #include "csrc/cuda/attention_bwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
 
 namespace fastgpt::cuda {
 namespace {
 
-template <int kD>
+template <int kD, int kG>
 struct WarpgroupDkv {
-  static constexpr int kBlocks = 2;  // of a multiprocessor, each at its own pace
+  static constexpr int kGroups = kG;
+  static constexpr int kBlocks = kG == 1 ? 2 : 1;  // of a multiprocessor
   static constexpr int kQueries = 64;
   static constexpr int kStages = 2;
-  static constexpr int kKeys = kGroupRows;
+  static constexpr int kThreads = kGroups * kWarpgroup;
+  static constexpr int kKeys = kGroups * kGroupRows;
   using Keys = PanelTile<kKeys, kD>;
   using Queries = PanelTile<kQueries, kD>;
   static constexpr int kSharedBytes =
       2 * Keys::kBytes + kStages * (2 * Queries::kBytes + 2 * kQueries * 4);
 };
 
-template <typename T, int kD>
-__global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
+template <typename T, int kD, int kG>
+__global__ void __launch_bounds__(kG* kWarpgroup, WarpgroupDkv<kD, kG>::kBlocks)
     attention_bwd_dkv_sm90_kernel(Bwd p) {
-  using Tile = WarpgroupDkv<kD>;
+  using Tile = WarpgroupDkv<kD, kG>;
   using Queries = typename Tile::Queries;
   constexpr int kQueries = Tile::kQueries, kN = kQueries / 8;
   FASTGPT_DYNAMIC_SHARED(shared);
@@ -37,6 +41,7 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
   float* s_statistics = reinterpret_cast<float*>(s_dout + Tile::kStages * Queries::kElements);
   const Lane at;
   const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
+  const int group_row = own / kGroupRows * kGroupRows;
 
   const AttentionProblem& problem = p.problem;
   const AttentionInputs& in = problem.in;
@@ -75,12 +80,15 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
       const int64_t q_s = in.q.stride[2], dout_s = p.dout.stride[2];
       // What a query that sees no key holds must not be met.
       const auto alive = [&](int row) { return m0 + row < sq && band.sees_any(m0 + row); };
-      Queries::load(s_q + stage * Queries::kElements,
-                    rows_of<const T>(in.q, packed, z, head, queries.first) + m0 * q_s, q_s, d,
-                    p.direct_q, alive);
-      Queries::load(s_dout + stage * Queries::kElements,
-                    rows_of<const T>(p.dout, packed, z, head, queries.first) + m0 * dout_s, dout_s,
-                    d, p.direct_dout, alive);
+      const bool whole = alive(0) && alive(kQueries - 1);
+      Queries::template load<Tile::kThreads>(
+          s_q + stage * Queries::kElements,
+          rows_of<const T>(in.q, packed, z, head, queries.first) + m0 * q_s, q_s, d, p.direct_q,
+          whole, alive);
+      Queries::template load<Tile::kThreads>(
+          s_dout + stage * Queries::kElements,
+          rows_of<const T>(p.dout, packed, z, head, queries.first) + m0 * dout_s, dout_s, d,
+          p.direct_dout, whole, alive);
       const int row = static_cast<int>(threadIdx.x);
       if (row < kQueries) {
         float* s_lse2 = s_statistics + stage * 2 * kQueries;
@@ -98,10 +106,13 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
   clear(r_dv);
   if (steps > 0) {
     const auto alive = [&](int row) { return n0 + row < keys.count; };
-    Tile::Keys::load(s_k, rows_of<const T>(in.k, packed, z, key_head, keys.first + n0),
-                     in.k.stride[2], d, p.direct_k, alive);
-    Tile::Keys::load(s_v, rows_of<const T>(in.v, packed, z, key_head, keys.first + n0),
-                     in.v.stride[2], d, p.direct_v, alive);
+    const bool whole = alive(Tile::kKeys - 1);
+    Tile::Keys::template load<Tile::kThreads>(
+        s_k, rows_of<const T>(in.k, packed, z, key_head, keys.first + n0), in.k.stride[2], d,
+        p.direct_k, whole, alive);
+    Tile::Keys::template load<Tile::kThreads>(
+        s_v, rows_of<const T>(in.v, packed, z, key_head, keys.first + n0), in.v.stride[2], d,
+        p.direct_v, whole, alive);
     load_queries(0);
     for (int step = 0; step < steps; ++step) {
       wait_copies<0>();
@@ -112,9 +123,9 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
       const T* s_own_dout = s_dout + stage * Queries::kElements;
       const float* s_lse2 = s_statistics + stage * 2 * kQueries;
       wgmma_begin();
-      issue_transposed<Tile::kKeys, kQueries, kD>(r_s, s_k, 0, s_own_q);
+      issue_transposed<Tile::kKeys, kQueries, kD>(r_s, s_k, group_row, s_own_q);
       wgmma_commit();
-      issue_transposed<Tile::kKeys, kQueries, kD>(r_dp, s_v, 0, s_own_dout);
+      issue_transposed<Tile::kKeys, kQueries, kD>(r_dp, s_v, group_row, s_own_dout);
       wgmma_commit();
       wgmma_wait<1>();
       hold(r_s);
@@ -174,11 +185,15 @@ void attention_bwd_dkv_sm90(const Bwd& p, void* stream) {
     visit_warpgroup_width(p.problem.d, [&](auto width) {
       using T = typename decltype(type)::type;
       constexpr int kD = decltype(width)::kValue;
-      using Tile = WarpgroupDkv<kD>;
-      const int64_t tiles = (p.problem.sk + Tile::kKeys - 1) / Tile::kKeys;
-      launch(attention_bwd_dkv_sm90_kernel<T, kD>,
-             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.hk)), dim3(kWarpgroup),
-             Tile::kSharedBytes, stream, p);
+      const auto run = [&](auto groups) {
+        using Tile = WarpgroupDkv<kD, decltype(groups)::kValue>;
+        const int64_t tiles = (p.problem.sk + Tile::kKeys - 1) / Tile::kKeys;
+        launch(attention_bwd_dkv_sm90_kernel<T, kD, decltype(groups)::kValue>,
+               dim3(grid_size(tiles * elements_of(p.problem) * p.problem.hk)), dim3(Tile::kThreads),
+               Tile::kSharedBytes, stream, p);
+      };
+      const char* variant = getenv("X");
+      variant&& variant[0] == '2' ? run(Constant<2>{}) : run(Constant<1>{});
     });
   });
 }

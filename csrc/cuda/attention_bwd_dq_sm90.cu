@@ -4,35 +4,43 @@
 // A block is a warpgroup: it takes 64 queries, keeps q and dout in registers and walks the tiles of
 // keys. The product dout v^T runs under the exponentials of q k^T, and ds k of one tile
 // under the products of the next.
+#include <cstdlib>
+
 #include "csrc/cuda/attention_bwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
 
 namespace fastgpt::cuda {
 namespace {
 
-template <int kD>
+template <int kD, int kG>
 struct WarpgroupDq {
-  static constexpr int kBlocks = 2;  // of a multiprocessor, each at its own pace
+  static constexpr int kGroups = kG;
+  static constexpr int kBlocks = kG == 1 ? 2 : 1;  // of a multiprocessor
   static constexpr int kKeys = 64;
   static constexpr int kStages = 3;
-  static constexpr int kQueries = kGroupRows;
+  static constexpr int kThreads = kGroups * kWarpgroup;
+  static constexpr int kQueries = kGroups * kGroupRows;
   using Queries = PanelTile<kQueries, kD>;
   using Keys = PanelTile<kKeys, kD>;
-  static_assert(Queries::kElements == Keys::kElements, "q and dout come in the place of a stage");
-  static constexpr int kSharedBytes = 2 * kStages * Keys::kBytes;
+  // q and dout come in the place of the last stage, if they fit.
+  static constexpr bool kInStage = Queries::kElements <= Keys::kElements;
+  static constexpr int kSharedBytes =
+      2 * kStages * Keys::kBytes + (kInStage ? 0 : 2 * Queries::kBytes);
 };
 
-template <typename T, int kD>
-__global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
+template <typename T, int kD, int kG>
+__global__ void __launch_bounds__(kG* kWarpgroup, WarpgroupDq<kD, kG>::kBlocks)
     attention_bwd_dq_sm90_kernel(Bwd p) {
-  using Tile = WarpgroupDq<kD>;
+  using Tile = WarpgroupDq<kD, kG>;
   using Keys = typename Tile::Keys;
   constexpr int kKeys = Tile::kKeys, kN = kKeys / 8;
   FASTGPT_DYNAMIC_SHARED(shared);
   T* s_k = reinterpret_cast<T*>(shared);
   T* s_v = s_k + Tile::kStages * Keys::kElements;
-  T* s_q = s_k + (Tile::kStages - 1) * Keys::kElements;  // before the last stage is used
-  T* s_dout = s_v + (Tile::kStages - 1) * Keys::kElements;
+  T* s_q = Tile::kInStage ? s_k + (Tile::kStages - 1) * Keys::kElements
+                          : s_v + Tile::kStages * Keys::kElements;
+  T* s_dout =
+      Tile::kInStage ? s_v + (Tile::kStages - 1) * Keys::kElements : s_q + Tile::Queries::kElements;
   const Lane at;
   const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
 
@@ -60,9 +68,12 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
     if (t < walk.count) {
       const int n0 = walk.at(t), stage = t % Tile::kStages * Keys::kElements;
       const auto alive = [&](int row) { return n0 + row < keys.count; };
+      const bool whole = n0 + kKeys <= keys.count;
       const int64_t k_s = in.k.stride[2], v_s = in.v.stride[2];
-      Keys::load(s_k + stage, g_k + n0 * k_s, k_s, d, p.direct_k, alive);
-      Keys::load(s_v + stage, g_v + n0 * v_s, v_s, d, p.direct_v, alive);
+      Keys::template load<Tile::kThreads>(s_k + stage, g_k + n0 * k_s, k_s, d, p.direct_k, whole,
+                                          alive);
+      Keys::template load<Tile::kThreads>(s_v + stage, g_v + n0 * v_s, v_s, d, p.direct_v, whole,
+                                          alive);
     }
     commit_copies();
   };
@@ -79,13 +90,14 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
   }
   if (walk.count > 0) {
     // What a query that sees no key holds must not be met.
-    const auto alive = [&](int row) {
-      return m0 + row < sq && p.g_lse2[statistics + row] < INFINITY;
-    };
-    Tile::Queries::load(s_q, rows_of<const T>(in.q, packed, z, head, first_query + m0),
-                        in.q.stride[2], d, p.direct_q, alive);
-    Tile::Queries::load(s_dout, rows_of<const T>(p.dout, packed, z, head, first_query + m0),
-                        p.dout.stride[2], d, p.direct_dout, alive);
+    const auto alive = [&](int row) { return m0 + row < sq && band.sees_any(m0 + row); };
+    const bool whole = alive(0) && alive(Tile::kQueries - 1);
+    Tile::Queries::template load<Tile::kThreads>(
+        s_q, rows_of<const T>(in.q, packed, z, head, first_query + m0), in.q.stride[2], d,
+        p.direct_q, whole, alive);
+    Tile::Queries::template load<Tile::kThreads>(
+        s_dout, rows_of<const T>(p.dout, packed, z, head, first_query + m0), p.dout.stride[2], d,
+        p.direct_dout, whole, alive);
     load_keys(0);
     wait_copies<0>();
     __syncthreads();
@@ -152,11 +164,15 @@ void attention_bwd_dq_sm90(const Bwd& p, void* stream) {
     visit_warpgroup_width(p.problem.d, [&](auto width) {
       using T = typename decltype(type)::type;
       constexpr int kD = decltype(width)::kValue;
-      using Tile = WarpgroupDq<kD>;
-      const int64_t tiles = (p.problem.sq + Tile::kQueries - 1) / Tile::kQueries;
-      launch(attention_bwd_dq_sm90_kernel<T, kD>,
-             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(kWarpgroup),
-             Tile::kSharedBytes, stream, p);
+      const auto run = [&](auto groups) {
+        using Tile = WarpgroupDq<kD, decltype(groups)::kValue>;
+        const int64_t tiles = (p.problem.sq + Tile::kQueries - 1) / Tile::kQueries;
+        launch(attention_bwd_dq_sm90_kernel<T, kD, decltype(groups)::kValue>,
+               dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(Tile::kThreads),
+               Tile::kSharedBytes, stream, p);
+      };
+      const char* variant = getenv("W");
+      variant&& variant[0] == '2' ? run(Constant<2>{}) : run(Constant<1>{});
     });
   });
 }

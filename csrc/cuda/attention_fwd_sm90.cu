@@ -5,6 +5,8 @@
 // edges first. The product q k^T of the next tile runs under the softmax of this one, and
 // p v under both; copies are three tiles ahead. Source: Shah et al. 2024,
 // https://arxiv.org/abs/2407.08608 (the overlap within a warpgroup).
+#include <cstdlib>
+
 #include "csrc/cuda/attention_fwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
 
@@ -26,8 +28,7 @@ struct WarpgroupFwd {
 };
 
 template <typename T, int kD, int kS, int kB>
-__global__ void __launch_bounds__(kWarpgroup, kB)
-    attention_fwd_sm90_kernel(Fwd p) {
+__global__ void __launch_bounds__(kWarpgroup, kB) attention_fwd_sm90_kernel(Fwd p) {
   using Tile = WarpgroupFwd<kD, kS, kB>;
   using Keys = typename Tile::Keys;
   constexpr int kKeys = Tile::kKeys, kN = kKeys / 8;
@@ -47,8 +48,9 @@ __global__ void __launch_bounds__(kWarpgroup, kB)
   const auto load_keys = [&](T* s_tiles, const T* g_rows, int64_t stride, int t, bool direct) {
     if (t >= walk.count) return;
     const int n0 = walk.at(t);
-    Keys::load(s_tiles + t % Tile::kStages * Keys::kElements, g_rows + n0 * stride, stride, d,
-               direct, [&](int row) { return n0 + row < rows.keys; });
+    Keys::template load<kWarpgroup>(
+        s_tiles + t % Tile::kStages * Keys::kElements, g_rows + n0 * stride, stride, d, direct,
+        n0 + kKeys <= rows.keys, [&](int row) { return n0 + row < rows.keys; });
   };
   // Group t: the keys of tile t, the values of the tile before it.
   const auto load_group = [&](int t) {
@@ -107,8 +109,9 @@ __global__ void __launch_bounds__(kWarpgroup, kB)
   };
 
   if (walk.count > 0) {
-    Tile::Queries::load(s_q, rows.g_q, in.q.stride[2], d, p.direct_q,
-                        [&](int row) { return m0 + row < sq; });
+    Tile::Queries::template load<kWarpgroup>(s_q, rows.g_q, in.q.stride[2], d, p.direct_q,
+                                             m0 + Tile::kQueries <= sq,
+                                             [&](int row) { return m0 + row < sq; });
     for (int t = 0; t < Tile::kStages; ++t) load_group(t);
     wait_copies<Tile::kStages - 1>();
     fence_shared();
@@ -190,10 +193,14 @@ void attention_fwd_sm90(const Fwd& p, void* stream) {
       };
       const char* variant = getenv("V");
       switch (variant ? variant[0] : '0') {
-        case '1': return run(Constant<2>{}, Constant<2>{});
-        case '2': return run(Constant<2>{}, Constant<3>{});
-        case '3': return run(Constant<3>{}, Constant<3>{});
-        default: return run(Constant<3>{}, Constant<2>{});
+        case '1':
+          return run(Constant<2>{}, Constant<2>{});
+        case '2':
+          return run(Constant<2>{}, Constant<3>{});
+        case '3':
+          return run(Constant<3>{}, Constant<3>{});
+        default:
+          return run(Constant<3>{}, Constant<2>{});
       }
     });
   });

@@ -19,6 +19,8 @@ namespace fastgpt::cuda {
 namespace {
 
 constexpr int kThreads = 256;  // of a row
+template <bool kAnywhere>
+constexpr int kGroup = kAnywhere ? 3 : 4;  // packs of a thread under way, by its registers
 constexpr int kFinishThreads = 512;
 
 __device__ float weight_of(const TensorRef& weight, int64_t j) {
@@ -35,32 +37,6 @@ __device__ int64_t target_of(const TensorRef& target, int64_t row, const CrossEn
 // As exp_below; results below the normal numbers, which a sum of at least 1 does not feel, are 0.
 __device__ float power(float x) {
   return exp2_approx(x * kLog2E);
-}
-
-// f(first column, r_x, Constant<end>) as for_packs_anywhere says; without kAnywhere, packs lie at
-// addresses that they divide, and there are no ends.
-template <bool kAnywhere, typename T, typename F>
-__device__ void for_groups(const T* g_x, int begin, int n, const F& f) {
-  constexpr int kPack = 16 / sizeof(T), kGroup = 4;
-  if constexpr (kAnywhere) return for_packs_anywhere<kGroup>(g_x, begin, n, f);
-  const int step = blockDim.x * kPack;
-  for (int first = threadIdx.x * kPack; first < n; first += step * kGroup) {
-    Pack<T, kPack> r_group[kGroup];
-#pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      const int i = first + k * step;
-      if (i < n) r_group[k] = load_pack<kPack>(g_x + i);
-    }
-#pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      const int i = first + k * step;
-      if (i >= n) break;
-      float r_x[kPack];
-#pragma unroll
-      for (int e = 0; e < kPack; ++e) r_x[e] = to_float(r_group[k].value[e]);
-      f(i, r_x, Constant<false>{});
-    }
-  }
 }
 
 template <typename T, int kPack, bool kAnywhere>
@@ -83,30 +59,32 @@ __global__ void __launch_bounds__(kThreads, 4) absorb_kernel(CrossEntropyAbsorb 
   const float begin = smooth ? to_float(g_x[0]) : 0.0f;
   const float origin = isfinite(begin) ? begin : 0.0f;
   float top = -INFINITY, sum = 0.0f, sums[3] = {0.0f, 0.0f, 0.0f};  // of exp, w (x - origin), w
-  for_groups<kAnywhere>(g_x, 0, n, [&](int i, float (&r_x)[kPack], auto end) {
-    if (decltype(end)::kValue) {
+  for_groups<kAnywhere, kGroup<kAnywhere>, false>(
+      {g_x}, 0, n, [&](int i, float (&r_row)[1][kPack], auto end) {
+        float (&r_x)[kPack] = r_row[0];
+        if (decltype(end)::kValue) {
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) r_x[e] = i + e < n ? r_x[e] : -INFINITY;
-    }
-    float pack_top = r_x[0];
+          for (int e = 0; e < kPack; ++e) r_x[e] = i + e < n ? r_x[e] : -INFINITY;
+        }
+        float pack_top = r_x[0];
 #pragma unroll
-    for (int e = 1; e < kPack; ++e) pack_top = fmaxf(pack_top, r_x[e]);
-    const float higher = fmaxf(top, pack_top);
-    // -inf - -inf would be NaN; against 0 such logits count as 0.
-    const float center = higher == -INFINITY ? 0.0f : higher;
-    sum *= power(top - center);
-    top = higher;
+        for (int e = 1; e < kPack; ++e) pack_top = fmaxf(pack_top, r_x[e]);
+        const float higher = fmaxf(top, pack_top);
+        // -inf - -inf would be NaN; against 0 such logits count as 0.
+        const float center = higher == -INFINITY ? 0.0f : higher;
+        sum *= power(top - center);
+        top = higher;
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) sum += power(r_x[e] - center);
-    if (!smooth) return;
+        for (int e = 0; e < kPack; ++e) sum += power(r_x[e] - center);
+        if (!smooth) return;
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) {
-      if (decltype(end)::kValue && i + e >= n) break;
-      const float w = weight_of(p.weight, p.first_class + i + e);
-      sums[1] = fmaf(w, r_x[e] - origin, sums[1]);
-      sums[2] += w;
-    }
-  });
+        for (int e = 0; e < kPack; ++e) {
+          if (decltype(end)::kValue && i + e >= n) break;
+          const float w = weight_of(p.weight, p.first_class + i + e);
+          sums[1] = fmaf(w, r_x[e] - origin, sums[1]);
+          sums[2] += w;
+        }
+      });
   const float row_top = fmaxf(state.top, block_max(top, s_reduce));
   const float center = row_top == -INFINITY ? 0.0f : row_top;
   sums[0] = sum * power(top - center);
@@ -227,34 +205,36 @@ __global__ void __launch_bounds__(kThreads, 4)
   const double lse = static_cast<const double*>(p.lse.data)[row];
   const float high = static_cast<float>(lse), low = static_cast<float>(lse - high);
   const int64_t picked = target - p.first_class;
-  for_groups<kAnywhere>(g_x, begin, n, [&](int i, const float (&r_x)[kPack], auto end) {
-    float r_dx[kPack];
+  for_groups<kAnywhere, kGroup<kAnywhere>, false>(
+      {g_x}, begin, n, [&](int i, float (&r_row)[1][kPack], auto end) {
+        const float (&r_x)[kPack] = r_row[0];
+        float r_dx[kPack];
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) {
-      r_dx[e] = exp_below((r_x[e] - high) - low) * of_p;
-    }
-    if (smooth) {
+        for (int e = 0; e < kPack; ++e) {
+          r_dx[e] = exp_below((r_x[e] - high) - low) * of_p;
+        }
+        if (smooth) {
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        if (decltype(end)::kValue && (i + e < 0 || i + e >= n)) continue;
-        r_dx[e] -= of_weight * weight_of(p.weight, p.first_class + i + e);
-      }
-    }
-    if (picked >= i && picked < i + kPack) {
+          for (int e = 0; e < kPack; ++e) {
+            if (decltype(end)::kValue && (i + e < 0 || i + e >= n)) continue;
+            r_dx[e] -= of_weight * weight_of(p.weight, p.first_class + i + e);
+          }
+        }
+        if (picked >= i && picked < i + kPack) {
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) r_dx[e] -= i + e == picked ? of_target : 0.0f;
-    }
-    decltype(end)::kValue ? store_within(g_dx, i, n, r_dx) : store<kPack>(g_dx + i, r_dx);
-  });
+          for (int e = 0; e < kPack; ++e) r_dx[e] -= i + e == picked ? of_target : 0.0f;
+        }
+        decltype(end)::kValue ? store_within(g_dx, i, n, r_dx) : store<kPack>(g_dx + i, r_dx);
+      });
 }
 
 // f(Type<T>, Constant<pack>, Constant<anywhere>): in packs of 16 bytes of x.
 template <typename F>
 void for_rows(const TensorRef& x, std::initializer_list<TensorRef> tensors, const F& f) {
-  const RowPlan plan = plan_rows(x.size[1], pack_of(x), tensors);
+  const RowPlan plan = plan_rows(x.size[1], pack_of(x), tensors, true);
   visit_dtype<__nv_bfloat16, __half>(x.dtype, [&](auto type) {
     constexpr int kPack = 16 / sizeof(typename decltype(type)::type);
-    visit_bool(plan.pack != kPack, [&](auto anywhere) { f(type, Constant<kPack>{}, anywhere); });
+    visit_bool(plan.anywhere, [&](auto anywhere) { f(type, Constant<kPack>{}, anywhere); });
   });
 }
 

@@ -197,10 +197,11 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     const RowPacks<T, Y, kPack> r_row = r_next;
     if (row + blockDim.y < last) read(row + blockDim.y, r_next);  // on its way during this row
     RawPack<T, kPack> r_ds[kCachedPacks] = {};
-    if (exists && p.ds.data != nullptr) {
-      const T* g_ds = row_of<const T>(p.ds, row);
-      for_packs<kPack, true>(n, [&](int c, int i) { r_ds[c].load(g_ds + i); });
-    }
+    const auto read_ds = [&](int c, int i) {
+      if (p.ds.data != nullptr) r_ds[c].load(row_of<const T>(p.ds, row) + i);
+    };
+    constexpr bool kEarly = sizeof(T) < 4;  // or float32 rows would spill
+    if (kEarly && exists) for_packs<kPack, true>(n, read_ds);
     // Of pack c: xhat, dy and the weights.
     const auto unpack = [&](int c, float (&r_xhat)[kPack], float (&r_dy)[kPack],
                             float (&r_weight)[kPack]) {
@@ -232,6 +233,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     for_packs<kPack, true>(n, [&](int c, int i) {
       float r_xhat[kPack], r_weight[kPack], r_dy[kPack], r_dx[kPack], r_add[kPack];
       unpack(c, r_xhat, r_dy, r_weight);
+      if (!kEarly) read_ds(c, i);
       r_ds[c].floats(r_add);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {

@@ -31,20 +31,31 @@ __device__ Span<kPack> visible_keys(int64_t i, int64_t sq, int64_t sk, const Ban
   begin = begin < 0 ? 0 : begin;
   end = end > sk ? sk : end;
   if (end <= begin) begin = end = 0;
-  return Span<kPack>(static_cast<int>(begin), static_cast<int>(end));
+  return Span<kPack>(static_cast<int>(begin), static_cast<int>(end), static_cast<int>(sk));
 }
 
-// The zeros around the packs of the span.
+// Zeros in the columns [from, to).
+template <int kPack, typename T>
+__device__ void clear(T* g_row, int from, int to) {
+  const float r_zero[kPack] = {};
+  const int begin = -columns_before<kPack>(g_row + from), n = to - from;
+  for_packs<kPack, false>(n - begin, [&](int, int i) {
+    i += begin;
+    const bool whole = i >= 0 && i + kPack <= n;
+    whole ? store<kPack>(g_row + from + i, r_zero) : store_within(g_row + from, i, n, r_zero);
+  });
+}
+
+// Zeros around the packs of the span.
 template <int kPack, typename T>
 __device__ void clear_hidden(T* g_row, Span<kPack> span, int sk) {
-  const float r_zero[kPack] = {};
-  for_packs<kPack, false>(span.first, [&](int, int i) { store<kPack>(g_row + i, r_zero); });
-  const int rest = span.first + span.size;
-  for_packs<kPack, false>(sk - rest, [&](int, int i) { store<kPack>(g_row + rest + i, r_zero); });
+  clear<kPack>(g_row, 0, span.first);
+  clear<kPack>(g_row, span.first + span.size, sk);
 }
 
-template <typename T, typename Y, int kPack, bool kCached>
-__global__ void __launch_bounds__(kMaxRowThreads) masked_softmax_fwd_kernel(MaskedSoftmaxFwd p) {
+template <typename T, typename Y, int kPack, bool kCached, bool kAnywhere>
+__global__ void __launch_bounds__(kMaxRowThreads, kCached ? 1 : 2)
+    masked_softmax_fwd_kernel(MaskedSoftmaxFwd p) {
   FASTGPT_SHARED(float, s_reduce, kWarp);
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.y) + threadIdx.y;
   const int64_t sq = p.scores.size[1], sk = p.scores.size[2];
@@ -52,12 +63,13 @@ __global__ void __launch_bounds__(kMaxRowThreads) masked_softmax_fwd_kernel(Mask
   const Span<kPack> keys = visible_keys<kPack>(row % sq, sq, sk, p.band);
   Y* g_y = query_row<Y>(p.y, row);
   clear_hidden(g_y, keys, static_cast<int>(sk));
-  softmax_row<kPack, kCached>(query_row<const T>(p.scores, row), keys, p.scale, 0.0f, g_y,
-                              s_reduce);
+  softmax_row<kCached, kAnywhere>(query_row<const T>(p.scores, row), keys, p.scale, 0.0f, g_y,
+                                  s_reduce);
 }
 
-template <typename Y, typename X, int kPack, bool kCached>
-__global__ void __launch_bounds__(kMaxRowThreads) masked_softmax_bwd_kernel(MaskedSoftmaxBwd p) {
+template <typename Y, typename X, int kPack, bool kCached, bool kAnywhere>
+__global__ void __launch_bounds__(kMaxRowThreads, kCached ? 1 : 2)
+    masked_softmax_bwd_kernel(MaskedSoftmaxBwd p) {
   FASTGPT_SHARED(float, s_reduce, kWarp);
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.y) + threadIdx.y;
   const int64_t sq = p.y.size[1], sk = p.y.size[2];
@@ -65,8 +77,8 @@ __global__ void __launch_bounds__(kMaxRowThreads) masked_softmax_bwd_kernel(Mask
   const Span<kPack> keys = visible_keys<kPack>(row % sq, sq, sk, p.band);
   X* g_dscores = query_row<X>(p.dscores, row);
   clear_hidden(g_dscores, keys, static_cast<int>(sk));
-  softmax_row_bwd<kPack, kCached>(query_row<const Y>(p.dy, row), query_row<const Y>(p.y, row), keys,
-                                  p.scale, g_dscores, s_reduce);
+  softmax_row_bwd<kCached, kAnywhere>(query_row<const Y>(p.dy, row), query_row<const Y>(p.y, row),
+                                      keys, p.scale, g_dscores, s_reduce);
 }
 
 // A matrix of rows for the plan: its rows must be aligned, and so must the step between matrices.
@@ -82,26 +94,32 @@ TensorRef rows_of(const TensorRef& t, int pack) {
 void masked_softmax_fwd(const MaskedSoftmaxFwd& p, void* stream) {
   const int pack = pack_of(p.scores);
   const RowPlan plan =
-      plan_rows(p.scores.size[2], pack, {rows_of(p.scores, pack), rows_of(p.y, pack)});
-  visit_rows(plan, p.scores.dtype, p.y.dtype, [&](auto tx, auto ty, auto packs, auto cached) {
-    using T = typename decltype(tx)::type;
-    using Y = typename decltype(ty)::type;
-    launch(masked_softmax_fwd_kernel<T, Y, decltype(packs)::kValue, decltype(cached)::kValue>,
-           grid_of_rows(plan, p.scores.size[0] * p.scores.size[1]), block_of_rows(plan), 0, stream,
-           p);
-  });
+      plan_rows(p.scores.size[2], pack, {rows_of(p.scores, pack), rows_of(p.y, pack)}, true);
+  visit_softmax(
+      plan, p.scores.dtype, p.y.dtype,
+      [&](auto tx, auto ty, auto packs, auto cached, auto anywhere) {
+        using T = typename decltype(tx)::type;
+        using Y = typename decltype(ty)::type;
+        launch(masked_softmax_fwd_kernel<T, Y, decltype(packs)::kValue, decltype(cached)::kValue,
+                                         decltype(anywhere)::kValue>,
+               grid_of_rows(plan, p.scores.size[0] * p.scores.size[1]), block_of_rows(plan), 0,
+               stream, p);
+      });
 }
 
 void masked_softmax_bwd(const MaskedSoftmaxBwd& p, void* stream) {
   const int pack = pack_of(p.dscores);
   const RowPlan plan = plan_rows(
-      p.y.size[2], pack, {rows_of(p.dy, pack), rows_of(p.y, pack), rows_of(p.dscores, pack)});
-  visit_rows(plan, p.dscores.dtype, p.y.dtype, [&](auto tx, auto ty, auto packs, auto cached) {
-    using X = typename decltype(tx)::type;
-    using Y = typename decltype(ty)::type;
-    launch(masked_softmax_bwd_kernel<Y, X, decltype(packs)::kValue, decltype(cached)::kValue>,
-           grid_of_rows(plan, p.y.size[0] * p.y.size[1]), block_of_rows(plan), 0, stream, p);
-  });
+      p.y.size[2], pack, {rows_of(p.dy, pack), rows_of(p.y, pack), rows_of(p.dscores, pack)}, true);
+  visit_softmax(
+      plan, p.dscores.dtype, p.y.dtype,
+      [&](auto tx, auto ty, auto packs, auto cached, auto anywhere) {
+        using X = typename decltype(tx)::type;
+        using Y = typename decltype(ty)::type;
+        launch(masked_softmax_bwd_kernel<Y, X, decltype(packs)::kValue, decltype(cached)::kValue,
+                                         decltype(anywhere)::kValue>,
+               grid_of_rows(plan, p.y.size[0] * p.y.size[1]), block_of_rows(plan), 0, stream, p);
+      });
 }
 
 }  // namespace fastgpt::cuda

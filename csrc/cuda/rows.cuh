@@ -47,15 +47,18 @@ static inline bool aligned(const TensorRef& t, int pack) {
 }
 
 struct RowPlan {
-  int pack;     // elements that are moved at once
-  bool cached;  // a row fits the registers
-  int threads;  // of a row
-  int rows;     // of a block
+  int pack;       // elements that are moved at once
+  bool anywhere;  // packs of 16 bytes do not lie at addresses that they divide
+  bool cached;    // a row fits the registers
+  int threads;    // of a row
+  int rows;       // of a block
 };
 
 // For rows of n elements of these tensors, in packs of `pack` or half of it, or one by one. A
-// function of n and of alignment. A thread takes several packs, whose loads are under way together.
-static inline RowPlan plan_rows(int64_t n, int pack, std::initializer_list<TensorRef> tensors) {
+// function of n and of alignment; with `shift` whole packs in any case, for anywhere.cuh. A thread
+// takes several packs, whose loads are under way together.
+static inline RowPlan plan_rows(int64_t n, int pack, std::initializer_list<TensorRef> tensors,
+                                bool shift = false) {
   check_at_most(n, int64_t{1} << 30, "elements of a row");  // the kernels count in int
   const auto fits = [&](int elements) {
     bool all = n % elements == 0;
@@ -63,12 +66,13 @@ static inline RowPlan plan_rows(int64_t n, int pack, std::initializer_list<Tenso
     return all;
   };
   RowPlan plan;
-  plan.pack = fits(pack) ? pack : fits(pack / 2) ? pack / 2 : 1;
-  const int packs = static_cast<int>(n / plan.pack);
+  plan.anywhere = !fits(pack);
+  plan.pack = !plan.anywhere || shift ? pack : fits(pack / 2) ? pack / 2 : 1;
+  const int packs = static_cast<int>((n + plan.pack - 1) / plan.pack);
   constexpr int kWarpPacks = kWarp * kCachedPacks;
   const int warps = std::max(1, (packs + kWarpPacks - 1) / kWarpPacks);
   plan.threads = std::min(warps * kWarp, kMaxRowThreads);
-  plan.cached = packs <= plan.threads * kCachedPacks;
+  plan.cached = packs <= plan.threads * kCachedPacks && !(plan.anywhere && shift);
   constexpr int kShortRows = 4;
   plan.rows = plan.threads == kWarp ? kShortRows : 1;  // a warp needs no barrier for its row
   return plan;

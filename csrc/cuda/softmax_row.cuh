@@ -3,6 +3,7 @@
 #pragma once
 
 #include "csrc/common/math.h"
+#include "csrc/cuda/anywhere.cuh"
 #include "csrc/cuda/reduce.cuh"
 #include "csrc/cuda/rows.cuh"
 
@@ -13,104 +14,185 @@ __device__ inline float exp_below(float x) {
   return exp2f(x * kLog2E);
 }
 
-// The columns of a row that are seen, cut to whole packs: [first, first + size) holds [begin, end).
+// The columns of a row of n that are seen, [begin, end), in [first, first + size): whole packs, but
+// for the end of the row.
 template <int kPack>
 struct Span {
   int begin, end, first, size;
-  __device__ Span(int from, int to) : begin(from), end(to) {
+  __device__ Span(int from, int to, int n) : begin(from), end(to) {
     first = begin / kPack * kPack;
     size = (end - first + kPack - 1) / kPack * kPack;
+    size = size < n - first ? size : n - first;
   }
   __device__ bool sees(int column) const { return column >= begin && column < end; }
 };
 
-// y = softmax(scale * x) on the span; a row that sees nothing but -inf is all `empty`.
-// s_reduce: kWarp floats.
-template <int kPack, bool kCached, typename T, typename Y>
-__device__ void softmax_row(const T* g_x, Span<kPack> span, float scale, float empty, Y* g_y,
-                            float* s_reduce) {
-  float r_x[kCached ? kCachedPacks : 1][kPack];
-  const auto read = [&](int c, int i) {
+// y = softmax(scale * x) on the span, of a row in the registers; a row that sees nothing but -inf
+// is all `empty`. s_reduce: kWarp floats.
+template <int kPack, typename T, typename Y>
+__device__ void softmax_short_row(const T* g_x, Span<kPack> span, float scale, float empty, Y* g_y,
+                                  float* s_reduce) {
+  float r_x[kCachedPacks][kPack];
+  float top = -INFINITY, sum[1] = {0.0f};
+  for_packs<kPack, true>(span.size, [&](int c, int i) {
     load<kPack>(g_x + span.first + i, r_x[c]);
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
       r_x[c][e] = span.sees(span.first + i + e) ? r_x[c][e] * scale : -INFINITY;
+      top = fmaxf(top, r_x[c][e]);
     }
-  };
-  float top = -INFINITY, sum[1] = {0.0f};
-  for_packs<kPack, kCached>(span.size, [&](int c, int i) {
-    read(c, i);
-    float pack_top = r_x[c][0];
-#pragma unroll
-    for (int e = 1; e < kPack; ++e) pack_top = fmaxf(pack_top, r_x[c][e]);
-    if (kCached) {
-      top = fmaxf(top, pack_top);
-      return;
-    }
-    const float higher = fmaxf(top, pack_top);
-    const float center = higher == -INFINITY ? 0.0f : higher;
-    sum[0] *= exp_below(top - center);
-#pragma unroll
-    for (int e = 0; e < kPack; ++e) sum[0] += exp_below(r_x[c][e] - center);
-    top = higher;
   });
   const float row_top = block_max(top, s_reduce);
   const float center = row_top == -INFINITY ? 0.0f : row_top;
-  if (kCached) {
-    for_packs<kPack, kCached>(span.size, [&](int c, int) {
+  for_packs<kPack, true>(span.size, [&](int c, int) {
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        r_x[c][e] = exp_below(r_x[c][e] - center);
-        sum[0] += r_x[c][e];
-      }
-    });
-  } else {
-    sum[0] *= exp_below(top - center);
-  }
+    for (int e = 0; e < kPack; ++e) {
+      r_x[c][e] = exp_below(r_x[c][e] - center);
+      sum[0] += r_x[c][e];
+    }
+  });
   block_sum(sum, s_reduce);
   const bool hidden = sum[0] == 0.0f;
   const float inverse = hidden ? 0.0f : 1.0f / sum[0], floor = hidden ? empty : 0.0f;
-  for_packs<kPack, kCached>(span.size, [&](int c, int i) {
-    if (!kCached) read(c, i);
+  for_packs<kPack, true>(span.size, [&](int c, int i) {
     float r_y[kPack];
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) {
-      const float power = kCached ? r_x[c][e] : exp_below(r_x[c][e] - center);
-      r_y[e] = fmaf(power, inverse, floor);
-    }
+    for (int e = 0; e < kPack; ++e) r_y[e] = fmaf(r_x[c][e], inverse, floor);
     store<kPack>(g_y + span.first + i, r_y);
   });
 }
 
-// dx = scale * y * (dy - sum(dy * y)) on the span, 0 in the rest of its packs.
-template <int kPack, bool kCached, typename Y, typename X>
-__device__ void softmax_row_bwd(const Y* g_dy, const Y* g_y, Span<kPack> span, float scale, X* g_dx,
-                                float* s_reduce) {
-  // As stored, or a block of 1024 threads would not fit the register file.
-  constexpr int kPacks = kCached ? kCachedPacks : 1;
-  Pack<Y, kPack> r_dy[kPacks], r_y[kPacks];
-  const auto read = [&](int c, int i) {
-    r_dy[c] = load_pack<kPack>(g_dy + span.first + i);
-    r_y[c] = load_pack<kPack>(g_y + span.first + i);
+// The same of a row that is read twice, the second time from its end on, which L1 and L2 still
+// have; then each thread takes the columns that it can store at once.
+template <bool kAnywhere, int kPack, typename T, typename Y>
+__device__ void softmax_long_row(const T* g_x, Span<kPack> span, float scale, float empty, Y* g_y,
+                                 float* s_reduce) {
+  constexpr int kGroup = kAnywhere ? 2 : 4;  // two blocks a multiprocessor
+  g_x += span.first;
+  g_y += span.first;
+  const auto see = [&](int i, float (&r_x)[kPack]) {
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) {
+      r_x[e] = span.sees(span.first + i + e) ? r_x[e] * scale : -INFINITY;
+    }
   };
+  float top = -INFINITY, sum[1] = {0.0f};
+  for_groups<kAnywhere, kGroup, false>({g_x}, 0, span.size, [&](int i, auto& r_rows, auto) {
+    float (&r_x)[kPack] = r_rows[0];
+    see(i, r_x);
+    float higher = top;
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) higher = fmaxf(higher, r_x[e]);
+    const float center = higher == -INFINITY ? 0.0f : higher;
+    sum[0] *= exp_below(top - center);
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) sum[0] += exp_below(r_x[e] - center);
+    top = higher;
+  });
+  const float row_top = block_max(top, s_reduce);
+  const float center = row_top == -INFINITY ? 0.0f : row_top;
+  sum[0] *= exp_below(top - center);
+  block_sum(sum, s_reduce);
+  const bool hidden = sum[0] == 0.0f;
+  const float inverse = hidden ? 0.0f : 1.0f / sum[0], floor = hidden ? empty : 0.0f;
+  const int begin = kAnywhere ? -columns_before<kPack>(g_y) : 0;
+  for_groups<kAnywhere, kGroup, true>({g_x}, begin, span.size, [&](int i, auto& r_rows, auto end) {
+    float (&r_x)[kPack] = r_rows[0];
+    see(i, r_x);
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) r_x[e] = fmaf(exp_below(r_x[e] - center), inverse, floor);
+    decltype(end)::kValue ? store_within(g_y, i, span.size, r_x) : store<kPack>(g_y + i, r_x);
+  });
+}
+
+// dx = scale * y * (dy - sum(dy * y)) on the span, 0 in the rest of its packs.
+template <int kPack, typename Y, typename X>
+__device__ void softmax_short_row_bwd(const Y* g_dy, const Y* g_y, Span<kPack> span, float scale,
+                                      X* g_dx, float* s_reduce) {
+  // As stored, or a block of 512 threads would not fit the register file twice.
+  Pack<Y, kPack> r_dy[kCachedPacks], r_y[kCachedPacks];
   const auto at = [&](const Pack<Y, kPack>& pack, int i, int e) {
     return span.sees(span.first + i + e) ? to_float(pack.value[e]) : 0.0f;
   };
   float sum[1] = {0.0f};
-  for_packs<kPack, kCached>(span.size, [&](int c, int i) {
-    read(c, i);
+  for_packs<kPack, true>(span.size, [&](int c, int i) {
+    r_dy[c] = load_pack<kPack>(g_dy + span.first + i);
+    r_y[c] = load_pack<kPack>(g_y + span.first + i);
+  });
+  for_packs<kPack, true>(span.size, [&](int c, int i) {
 #pragma unroll
     for (int e = 0; e < kPack; ++e) sum[0] += at(r_dy[c], i, e) * at(r_y[c], i, e);
   });
   block_sum(sum, s_reduce);
-  for_packs<kPack, kCached>(span.size, [&](int c, int i) {
-    if (!kCached) read(c, i);
+  for_packs<kPack, true>(span.size, [&](int c, int i) {
     float r_dx[kPack];
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
       r_dx[e] = scale * at(r_y[c], i, e) * (at(r_dy[c], i, e) - sum[0]);
     }
     store<kPack>(g_dx + span.first + i, r_dx);
+  });
+}
+
+template <bool kAnywhere, int kSpanPack, typename Y, typename X>
+__device__ void softmax_long_row_bwd(const Y* g_dy, const Y* g_y, Span<kSpanPack> span, float scale,
+                                     X* g_dx, float* s_reduce) {
+  constexpr int kGroup = kAnywhere ? 1 : 2, kPack = kChunkBytes / sizeof(Y);
+  g_dy += span.first;
+  g_y += span.first;
+  g_dx += span.first;
+  const auto sees = [&](int i) { return span.sees(span.first + i); };
+  float sum[1] = {0.0f};
+  for_groups<kAnywhere, kGroup, false>({g_dy, g_y}, 0, span.size, [&](int i, auto& r_rows, auto) {
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) sum[0] += sees(i + e) ? r_rows[0][e] * r_rows[1][e] : 0.0f;
+  });
+  block_sum(sum, s_reduce);
+  const int begin = kAnywhere ? -columns_before<kPack>(g_dx) : 0;
+  for_groups<kAnywhere, kGroup, true>(
+      {g_dy, g_y}, begin, span.size, [&](int i, auto& r_rows, auto end) {
+        float r_dx[kPack];
+#pragma unroll
+        for (int e = 0; e < kPack; ++e) {
+          r_dx[e] = sees(i + e) ? scale * r_rows[1][e] * (r_rows[0][e] - sum[0]) : 0.0f;
+        }
+        decltype(end)::kValue ? store_within(g_dx, i, span.size, r_dx)
+                              : store<kPack>(g_dx + i, r_dx);
+      });
+}
+
+template <bool kCached, bool kAnywhere, int kPack, typename T, typename Y>
+__device__ void softmax_row(const T* g_x, Span<kPack> span, float scale, float empty, Y* g_y,
+                            float* s_reduce) {
+  if constexpr (kCached) {
+    softmax_short_row(g_x, span, scale, empty, g_y, s_reduce);
+  } else {
+    softmax_long_row<kAnywhere>(g_x, span, scale, empty, g_y, s_reduce);
+  }
+}
+
+template <bool kCached, bool kAnywhere, int kPack, typename Y, typename X>
+__device__ void softmax_row_bwd(const Y* g_dy, const Y* g_y, Span<kPack> span, float scale, X* g_dx,
+                                float* s_reduce) {
+  if constexpr (kCached) {
+    softmax_short_row_bwd(g_dy, g_y, span, scale, g_dx, s_reduce);
+  } else {
+    softmax_long_row_bwd<kAnywhere>(g_dy, g_y, span, scale, g_dx, s_reduce);
+  }
+}
+
+// f(Type<T>, Type<Y>, Constant<pack>, Constant<cached>, Constant<anywhere>): T of `dtype`, in packs
+// of 16 bytes, Y the same or float. Of a plan that may shift.
+template <typename F>
+void visit_softmax(const RowPlan& plan, DType dtype, DType other, const F& f) {
+  visit_dtype<__nv_bfloat16, __half>(dtype, [&](auto type) {
+    constexpr Constant<int{16 / sizeof(typename decltype(type)::type)}> pack;
+    const auto with_other = [&](auto y) {
+      if (plan.cached) return f(type, y, pack, Constant<true>{}, Constant<false>{});
+      visit_bool(plan.anywhere,
+                 [&](auto anywhere) { f(type, y, pack, Constant<false>{}, anywhere); });
+    };
+    other == dtype ? with_other(type) : with_other(Type<float>{});
   });
 }
 

@@ -27,6 +27,7 @@ def case(
     shift: float = 0.0,
     dtype: torch.dtype | None = None,
     hole: float | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16),
 ) -> Case:
     """An input of `shape`; with `hole`, every third element of a row is that value."""
 
@@ -36,7 +37,7 @@ def case(
             x[..., 1::3] = hole
         return {"input": x, "dim": dim, "dtype": dtype}
 
-    return Case(id, make)
+    return Case(id, make, dtypes=dtypes)
 
 
 CASES = (
@@ -53,6 +54,7 @@ CASES = (
     case("holes_of_minus_inf", 6, 48, hole=float("-inf")),
     case("to_float32", 6, 48, dtype=torch.float32),
     case("gpt3_vocabulary", 2, 50257),
+    case("just_over_what_registers_hold", 2, 16392, dtypes=(torch.bfloat16,)),
 )
 
 
