@@ -72,29 +72,34 @@ __global__ void __launch_bounds__(kG* kWarpgroup, WarpgroupDkv<kD, kG>::kBlocks)
   const Band band(problem, sq, keys.count);
   const Walk walk = band.queries(n0, min(n0 + Tile::kKeys, keys.count), sq, kQueries, false);
   const int steps = walk.count * group;
+  // Where the next tile comes from: a query head of the group, and the tile of its walk.
+  int next_head = key_head * group, next_tile = 0;
   const auto load_queries = [&](int step) {
     if (step < steps) {
-      const int stage = step % Tile::kStages;
-      const int head = key_head * group + step / walk.count, m0 = walk.at(step % walk.count);
-      const int64_t statistics = statistics_at(problem, z, head, queries.first) + m0;
+      const int stage = step % Tile::kStages, m0 = walk.at(next_tile);
       const int64_t q_s = in.q.stride[2], dout_s = p.dout.stride[2];
       // What a query that sees no key holds must not be met.
       const auto alive = [&](int row) { return m0 + row < sq && band.sees_any(m0 + row); };
       const bool whole = alive(0) && alive(kQueries - 1);
       Queries::template load<Tile::kThreads>(
           s_q + stage * Queries::kElements,
-          rows_of<const T>(in.q, packed, z, head, queries.first) + m0 * q_s, q_s, d, p.direct_q,
+          rows_of<const T>(in.q, packed, z, next_head, queries.first + m0), q_s, d, p.direct_q,
           whole, alive);
       Queries::template load<Tile::kThreads>(
           s_dout + stage * Queries::kElements,
-          rows_of<const T>(p.dout, packed, z, head, queries.first) + m0 * dout_s, dout_s, d,
+          rows_of<const T>(p.dout, packed, z, next_head, queries.first + m0), dout_s, d,
           p.direct_dout, whole, alive);
       const int row = static_cast<int>(threadIdx.x);
       if (row < kQueries) {
+        const int64_t at_row = statistics_at(problem, z, next_head, queries.first + m0) + row;
         float* s_lse2 = s_statistics + stage * 2 * kQueries;
         const bool inside = m0 + row < sq;
-        s_lse2[row] = inside ? p.g_lse2[statistics + row] : INFINITY;
-        s_lse2[kQueries + row] = inside ? p.g_delta[statistics + row] : 0.0f;
+        s_lse2[row] = inside ? p.g_lse2[at_row] : INFINITY;
+        s_lse2[kQueries + row] = inside ? p.g_delta[at_row] : 0.0f;
+      }
+      if (++next_tile == walk.count) {
+        next_tile = 0;
+        ++next_head;
       }
     }
     commit_copies();

@@ -18,25 +18,20 @@ struct Fwd {
 // nothing to compute: what no document has is cleared then.
 template <typename T>
 struct FwdRows {
-  bool any, packed;
-  int z, head, m0, queries, keys;
+  bool any;
+  int z, head, m0, first, queries, keys;  // first: of the head's queries within the tensor
   const T *g_q, *g_k, *g_v;
-  T *g_out, *g_out_lo;  // of query 0; g_out_lo may be nullptr
-  float* g_lse;
 
   __device__ FwdRows(const Fwd& p, int count) {
     const AttentionProblem& problem = p.problem;
     const AttentionInputs& in = problem.in;
-    packed = problem.g_cu_seqlens_q != nullptr;
+    const bool packed = problem.g_cu_seqlens_q != nullptr;
     const QueryBlock block(problem, count);
     z = block.z;
     head = block.head;
     m0 = block.m0;
-    const int first = block.queries.first;
+    first = block.queries.first;
     queries = block.queries.count;
-    g_out = rows_of<T>(p.out, packed, z, head, first);
-    g_out_lo = p.out_lo.data != nullptr ? rows_of<T>(p.out_lo, packed, z, head, first) : nullptr;
-    g_lse = p.g_lse + statistics_at(problem, z, head, first);
     any = z < problem.b && m0 < queries;
     if (z == problem.b) clear(p, block.tiles * count, count);
     if (!any) return;
@@ -47,13 +42,20 @@ struct FwdRows {
     g_v = rows_of<const T>(in.v, packed, z, block.key_head, s.first);
   }
 
+  // The results of query `row` on; found anew, or they would take registers all the while.
+  __device__ T* out_rows(const Fwd& p, const TensorRef& t, int row) const {
+    return rows_of<T>(t, p.problem.g_cu_seqlens_q != nullptr, z, head, first + row);
+  }
+  __device__ float* lse_rows(const Fwd& p, int row) const {
+    return p.g_lse + statistics_at(p.problem, z, head, first) + row;
+  }
+
   // A warp's rows of accumulators, normalized, from query m0 + own on. s_own: its rows of a tile.
   template <int kD, int kM>
   __device__ void store(float (&r_out)[kM][kD / 8][4], T* s_own, int own, const Fwd& p) const {
-    const int first = m0 + own, d = p.problem.d;
-    store_rows<kD>(r_out, 0, s_own, g_out + first * p.out.stride[2], p.out.stride[2],
-                   queries - first, d);
-    if (g_out_lo == nullptr) return;
+    const int row = m0 + own, d = p.problem.d;
+    store_rows<kD>(r_out, 0, s_own, out_rows(p, p.out, row), p.out.stride[2], queries - row, d);
+    if (p.out_lo.data == nullptr) return;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -64,20 +66,21 @@ struct FwdRows {
         }
       }
     }
-    store_rows<kD>(r_out, 0, s_own, g_out_lo + first * p.out_lo.stride[2], p.out_lo.stride[2],
-                   queries - first, d);
+    store_rows<kD>(r_out, 0, s_own, out_rows(p, p.out_lo, row), p.out_lo.stride[2], queries - row,
+                   d);
   }
 
  private:
   // The tokens that no document has.
   __device__ void clear(const Fwd& p, int step, int count) const {
-    for (int first = m0; first < queries; first += step) {
-      const int rows = min(queries - first, count);
-      clear_rows(g_out + first * p.out.stride[2], p.out.stride[2], rows, p.problem.d);
-      if (g_out_lo != nullptr) {
-        clear_rows(g_out_lo + first * p.out_lo.stride[2], p.out_lo.stride[2], rows, p.problem.d);
+    for (int row = m0; row < queries; row += step) {
+      const int rows = min(queries - row, count), d = p.problem.d;
+      clear_rows(out_rows(p, p.out, row), p.out.stride[2], rows, d);
+      if (p.out_lo.data != nullptr) {
+        clear_rows(out_rows(p, p.out_lo, row), p.out_lo.stride[2], rows, d);
       }
-      for (int i = threadIdx.x; i < rows; i += blockDim.x) g_lse[first + i] = -INFINITY;
+      float* g_lse = lse_rows(p, row);
+      for (int i = threadIdx.x; i < rows; i += blockDim.x) g_lse[i] = -INFINITY;
     }
   }
 };

@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kWarpgroup, kB) attention_fwd_sm90_kernel(Fwd 
     const float sum = warp_sum<4>(r_sum[i]);
     const float all = sum == 0.0f ? 1.0f : sum;  // no key was seen: the output is 0
     const int row = m0 + own + at.row(0, 2 * i);
-    if (at.pair == 0 && row < sq) rows.g_lse[row] = (r_top[i] + log2f(all)) * kLn2;
+    if (at.pair == 0 && row < sq) *rows.lse_rows(p, row) = (r_top[i] + log2f(all)) * kLn2;
     const float inverse = 1.0f / all;
 #pragma unroll
     for (int n = 0; n < kD / 8; ++n) {

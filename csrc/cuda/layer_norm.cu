@@ -196,12 +196,6 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     const bool exists = row < last;
     const RowPacks<T, Y, kPack> r_row = r_next;
     if (row + blockDim.y < last) read(row + blockDim.y, r_next);  // on its way during this row
-    RawPack<T, kPack> r_ds[kCachedPacks] = {};
-    const auto read_ds = [&](int c, int i) {
-      if (p.ds.data != nullptr) r_ds[c].load(row_of<const T>(p.ds, row) + i);
-    };
-    constexpr bool kEarly = sizeof(T) < 4;  // or float32 rows would spill
-    if (kEarly && exists) for_packs<kPack, true>(n, read_ds);
     // Of pack c: xhat, dy and the weights.
     const auto unpack = [&](int c, float (&r_xhat)[kPack], float (&r_dy)[kPack],
                             float (&r_weight)[kPack]) {
@@ -226,6 +220,12 @@ __global__ void __launch_bounds__(kMaxRowThreads)
         dbias.add(c, r_dy);
       });
     }
+    RawPack<T, kPack> r_ds[kCachedPacks] = {};
+    const auto read_ds = [&](int c, int i) {
+      if (p.ds.data != nullptr) r_ds[c].load(row_of<const T>(p.ds, row) + i);
+    };
+    constexpr bool kEarly = kPack > 1;  // on its way during the sum; else it would spill
+    if (kEarly && exists) for_packs<kPack, true>(n, read_ds);
     row_sum(sums, s_reduce + turn * 2 * kWarp);
     if (!exists) continue;
     const float mean_g = sums[0] / n, mean_gx = sums[1] / n;
