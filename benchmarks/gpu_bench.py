@@ -1,6 +1,7 @@
 """The ops on the GPU that is here, beside torch's fastest kernels, in one table: make gpu-bench.
 
-    python -m benchmarks.gpu_bench [--only PATTERN] [--seconds N] [--device cpu] [--folder F]
+    python -m benchmarks.gpu_bench [--only PATTERN] [--seconds N] [--no-compile] [--device cpu]
+                                   [--folder F]
 
 Ours and its peers take turns call by call, each with an L2 that holds something else; the medians
 are compared. A peer whose results break the error rule is reported, not timed. The roof of a row is
@@ -19,6 +20,7 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +38,9 @@ from fastgpt import dispatch
 Step = Callable[[], object]
 OURS, OURS_TRITON = "fastgpt", "fastgpt_triton"
 FLUSH_BYTES = 2**29
-"""Written between two calls: far more than any L2, and long enough for the host to run ahead."""
+"""Written between two calls: far more than any L2."""
+AHEAD_CYCLES = 1_000_000
+"""What the GPU then waits, half a millisecond, while the host queues the call: no gap is timed."""
 SECONDS_A_PEER = 0.15
 BF16, F32 = torch.bfloat16, torch.float32
 HALVES, BOTH = (BF16,), (BF16, F32)
@@ -142,11 +146,16 @@ def backend_of(peer: str) -> Iterator[None]:
         yield
 
 
-def peers_of(row: Row, device: torch.device) -> list[str]:
-    """Ours first, then our Triton kernels where others are chosen by themselves."""
+def peers_of(row: Row, device: torch.device, compiling: bool = True) -> list[str]:
+    """Ours first, then our Triton kernels where others are chosen by themselves.
+
+    Without `compiling` none that is compiled when it is first called, as those are.
+    """
     named = [peer for peer in op_of(row.op).peers if peer not in LEFT_OUT.get(row.op, ())]
     chosen = dispatch.pick(row.op, torch.empty(0, dtype=row.dtype, device=device))
     refused = dispatch.refusal(row.op, "triton", device.type, row.dtype)
+    if not compiling:
+        return [p for p in named if p not in COMPILING]
     if chosen != "triton" and refused is None and device.type == "cuda":
         named.insert(1, OURS_TRITON)
     return [p for p in named if p not in COMPILING or row.shape.reason in COMPILED]
@@ -197,6 +206,7 @@ class Clock:
             begin = time.perf_counter()
             step()
             return time.perf_counter() - begin
+        torch.cuda._sleep(AHEAD_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         step()
@@ -218,12 +228,15 @@ def in_turn(steps: dict[str, Step], clock: Clock) -> dict[str, float]:
     return {peer: statistics.median(t) for peer, t in times.items()}
 
 
-def measure(row: Row, clock: Clock, roofs: dict[str, Any], until: float) -> Measured:
+def measure(
+    row: Row, clock: Clock, roofs: dict[str, Any], until: float, compiling: bool = True
+) -> Measured:
+    """`until`: when peers that compile are no longer begun."""
     case = Case(row.op, op_of(row.op), row.shape, row.dtype, row.backward, clock.device)
     found = Measured(str(row), *counts(row), roof_seconds(row, roofs))
     steps: dict[str, Step] = {}
-    for peer in peers_of(row, clock.device):
-        if peer in COMPILING and time.monotonic() > until:
+    for peer in peers_of(row, clock.device, compiling):
+        if peer in (*COMPILING, OURS_TRITON) and time.monotonic() > until:
             found.absent[peer] = "no time left to compile"
             continue
         try:
@@ -267,9 +280,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="a regular expression on the name of a row")
     parser.add_argument("--seconds", type=float, default=400.0, help="begin no row after them")
+    parser.add_argument("--no-compile", action="store_true", help="no peer that compiles first")
     parser.add_argument("--device", help="cpu or cuda; a GPU if there is one")
     parser.add_argument("--folder", type=Path, help="where gpu.json goes")
     options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")  # SDPA tells of every backend that it was held not to take
     functorch.donated_buffer = False  # a compiled backward runs more than once
     device = machine.device(options.device)
     until = time.monotonic() + options.seconds
@@ -282,7 +297,8 @@ def main(arguments: list[str]) -> int:
         if time.monotonic() > until:
             late.append(str(row))
             continue
-        measured.append(measure(row, clock, roofs, until - options.seconds / 3))
+        last = until - options.seconds / 3
+        measured.append(measure(row, clock, roofs, last, not options.no_compile))
         print(line(measured[-1], 0), flush=True)
     folder: Path = options.folder or machine.folder_of(device) / ("part" if options.only else "")
     folder.mkdir(parents=True, exist_ok=True)

@@ -164,7 +164,7 @@ def listing(found: Iterable[Kernel]) -> str:
 
 def table(found: Sequence[Kernel], compiler: str) -> str:
     """One row for each kernel of the sources, over all of its variants."""
-    archs = sorted({k.arch for k in found})
+    archs = sorted({k.arch.rstrip("a") for k in found})  # sm_90a runs where sm_90 does
     heads = [f"registers {arch}" for arch in archs]
     lines = [
         " | ".join([f"| kernel, by nvcc {compiler}", "variants", *heads, "shared", "spilled |"]),
@@ -174,7 +174,9 @@ def table(found: Sequence[Kernel], compiler: str) -> str:
     for kernel in found:
         families[kernel.family].append(kernel)
     for family, variants in sorted(families.items()):
-        registers = [_range([k.registers for k in variants if k.arch == arch]) for arch in archs]
+        registers = [
+            _range([k.registers for k in variants if k.arch.rstrip("a") == arch]) for arch in archs
+        ]
         count = len({k.name for k in variants})
         shared, spills = (
             _range([getattr(k, field) for k in variants]) for field in ("shared", "spills")

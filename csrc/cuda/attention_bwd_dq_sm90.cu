@@ -12,10 +12,9 @@
 namespace fastgpt::cuda {
 namespace {
 
-template <int kD, int kG>
+template <int kD, int kG, int kB>
 struct WarpgroupDq {
   static constexpr int kGroups = kG;
-  static constexpr int kBlocks = kG == 1 ? 2 : 1;  // of a multiprocessor
   static constexpr int kKeys = 64;
   static constexpr int kStages = 3;
   static constexpr int kThreads = kGroups * kWarpgroup;
@@ -28,10 +27,9 @@ struct WarpgroupDq {
       2 * kStages * Keys::kBytes + (kInStage ? 0 : 2 * Queries::kBytes);
 };
 
-template <typename T, int kD, int kG>
-__global__ void __launch_bounds__(kG* kWarpgroup, WarpgroupDq<kD, kG>::kBlocks)
-    attention_bwd_dq_sm90_kernel(Bwd p) {
-  using Tile = WarpgroupDq<kD, kG>;
+template <typename T, int kD, int kG, int kB>
+__global__ void __launch_bounds__(kG* kWarpgroup, kB) attention_bwd_dq_sm90_kernel(Bwd p) {
+  using Tile = WarpgroupDq<kD, kG, kB>;
   using Keys = typename Tile::Keys;
   constexpr int kKeys = Tile::kKeys, kN = kKeys / 8;
   FASTGPT_DYNAMIC_SHARED(shared);
@@ -117,20 +115,27 @@ __global__ void __launch_bounds__(kG* kWarpgroup, WarpgroupDq<kD, kG>::kBlocks)
       wgmma_commit();
       wgmma_wait<1>();
       hold(r_s);
-      const bool edge = walk.edge(t);
-      const int n0 = walk.at(t);
+      if (walk.edge(t)) {
+        const int n0 = walk.at(t);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = m0 + own + at.row(0, 2 * i);
+        for (int i = 0; i < 2; ++i) {
+          const int row = m0 + own + at.row(0, 2 * i);
+          const int low = band.low(row) - n0, high = band.high(row) - n0;
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
+          for (int n = 0; n < kN; ++n) {
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float& s = r_s[n][2 * i + j];
-            s = fmaf(s, p.scale, -r_lse2[i]);
-            if (edge && !band.sees(row, n0 + at.column(n, j))) s = -INFINITY;
-            s = exp2_approx(s);
+            for (int j = 0; j < 2; ++j) {
+              const int column = at.column(n, j);
+              if (column < low || column > high) r_s[n][2 * i + j] = -INFINITY;
+            }
           }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          r_s[n][e] = exp2_approx(fmaf(r_s[n][e], p.scale, -r_lse2[e / 2]));
         }
       }
       wgmma_wait<0>();
@@ -164,15 +169,20 @@ void attention_bwd_dq_sm90(const Bwd& p, void* stream) {
     visit_warpgroup_width(p.problem.d, [&](auto width) {
       using T = typename decltype(type)::type;
       constexpr int kD = decltype(width)::kValue;
-      const auto run = [&](auto groups) {
-        using Tile = WarpgroupDq<kD, decltype(groups)::kValue>;
+      const auto run = [&](auto groups, auto blocks) {
+        using Tile = WarpgroupDq<kD, decltype(groups)::kValue, decltype(blocks)::kValue>;
         const int64_t tiles = (p.problem.sq + Tile::kQueries - 1) / Tile::kQueries;
-        launch(attention_bwd_dq_sm90_kernel<T, kD, decltype(groups)::kValue>,
-               dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(Tile::kThreads),
-               Tile::kSharedBytes, stream, p);
+        launch(
+            attention_bwd_dq_sm90_kernel<T, kD, decltype(groups)::kValue, decltype(blocks)::kValue>,
+            dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(Tile::kThreads),
+            Tile::kSharedBytes, stream, p);
       };
+      constexpr int kAt = kD == 64 ? 0 : kD == 80 ? 1 : kD == 96 ? 2 : 3;
       const char* variant = getenv("W");
-      variant&& variant[0] == '2' ? run(Constant<2>{}) : run(Constant<1>{});
+      const char c = variant != nullptr ? variant[kAt] : '1';
+      if (c == '2') return run(Constant<2>{}, Constant<1>{});
+      if (c == '3' && kD == 64) return run(Constant<1>{}, Constant<kD == 64 ? 3 : 2>{});
+      run(Constant<1>{}, Constant<2>{});
     });
   });
 }

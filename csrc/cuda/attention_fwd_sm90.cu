@@ -72,12 +72,13 @@ __global__ void __launch_bounds__(kWarpgroup, kB) attention_fwd_sm90_kernel(Fwd 
       const int n0 = walk.at(t);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = m0 + own + at.row(0, 2 * i), low = band.low(row), high = band.high(row);
+        const int row = m0 + own + at.row(0, 2 * i);
+        const int low = band.low(row) - n0, high = band.high(row) - n0;
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const int column = n0 + at.column(n, j);
+            const int column = at.column(n, j);
             if (column < low || column > high) r_s[n][2 * i + j] = -INFINITY;
           }
         }
@@ -192,7 +193,8 @@ void attention_fwd_sm90(const Fwd& p, void* stream) {
                Tile::kSharedBytes, stream, p);
       };
       const char* variant = getenv("V");
-      switch (variant ? variant[0] : '0') {
+      constexpr int kAt = kD == 64 ? 0 : kD == 80 ? 1 : kD == 96 ? 2 : 3;
+      switch (variant ? variant[kAt] : '0') {
         case '1':
           return run(Constant<2>{}, Constant<2>{});
         case '2':

@@ -170,6 +170,14 @@ struct Band {
   __device__ bool sees(int row, int column) const {
     return column <= high(row) && column >= low(row);
   }
+  // The first and the last query that sees a key; of a key that is not there, first > last.
+  __device__ int first_row(int column) const {
+    if (column >= sk) return kMostRows;
+    return causal ? column - offset : window > 0 ? column - offset - window + 1 : 0;
+  }
+  __device__ int last_row(int column) const {
+    return window > 0 ? column - offset + window - 1 : kMostRows - 1;
+  }
   __device__ bool sees_any(int row) const { return max(low(row), 0) <= high(row); }
 
   // The tiles of keys that the rows m0 to m1 - 1 see.

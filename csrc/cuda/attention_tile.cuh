@@ -297,10 +297,16 @@ __device__ inline void store_rows(const float (&r)[kM][kN][4], int first, C* s_o
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int column = at.column(first + n, e);
-        chunk_at<T, kD>(s_rows, at.row(m, e), column / kPerChunk<T>)[column % kPerChunk<T>] =
-            from_float<T>(r[m][n][e]);
+      for (int i = 0; i < 2; ++i) {
+        const int column = at.column(first + n, 0);
+        T* s_pair = chunk_at<T, kD>(s_rows, at.row(m, 2 * i), column / kPerChunk<T>) +
+                    column % kPerChunk<T>;
+        const float low = r[m][n][2 * i], high = r[m][n][2 * i + 1];
+        if constexpr (sizeof(T) == 2) {
+          *reinterpret_cast<uint32_t*>(s_pair) = pack_pair<T>(low, high);
+        } else {
+          *reinterpret_cast<float2*>(s_pair) = make_float2(low, high);
+        }
       }
     }
   }

@@ -6,7 +6,7 @@ run it like any backend: what a kernel must not do (race, leave its tensors, wai
 RuntimeError, and each launch takes another order of threads. `make test` builds it.
 
 Its device is an old one, of compute capability 8.0. Backend `cuda_emulated_sm90` runs the same
-library on one of 9.0, for those ops whose kernels differ there.
+library on one of 9.0, for those ops and dtypes whose kernels differ there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ NAMESPACE = "fastgpt_emulated"
 NAME_SM90 = "cuda_emulated_sm90"
 NAMESPACE_SM90 = "fastgpt_emulated_sm90"
 OPS_SM90 = ("attention", "varlen_attention")
+DTYPES_SM90 = (torch.bfloat16, torch.float16)
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/emulator"
 LIBRARY = BUILD / "libfastgpt_emulated.so"
@@ -99,7 +101,7 @@ def add_to_table() -> None:
         # A row of its own: ops share theirs, and have the second backend or not.
         dispatch.TABLE[op] = row | {NAME: row["cuda"]}
         if op in OPS_SM90:
-            dispatch.TABLE[op][NAME_SM90] = row["cuda"]
+            dispatch.TABLE[op][NAME_SM90] = replace(row["cuda"], dtypes=DTYPES_SM90)
 
 
 def take_bank_conflicts() -> int:

@@ -44,7 +44,9 @@ def test_primitives_on_the_gpu() -> None:
 def test_every_cuda_cell_is_emulated() -> None:
     for op, row in dispatch.TABLE.items():
         assert row.get("cuda") == row.get(backend.NAME)
-        assert row.get(backend.NAME_SM90) == (row["cuda"] if op in backend.OPS_SM90 else None)
+        on_sm90 = row.get(backend.NAME_SM90)
+        assert (on_sm90 is not None) == (op in backend.OPS_SM90)
+        assert on_sm90 is None or on_sm90.max_head_dim == row["cuda"].max_head_dim
 
 
 @pytest.mark.parametrize("name", [backend.NAME, backend.NAME_SM90])
