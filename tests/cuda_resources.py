@@ -74,7 +74,7 @@ def missing() -> str | None:
     return None if shutil.which("c++filt") else "c++filt is not installed (binutils)"
 
 
-def _lines(files: Sequence[Path], *options: str) -> Iterator[tuple[str, str]]:
+def lines(files: Sequence[Path], *options: str) -> Iterator[tuple[str, str]]:
     """(architecture, line) of what cuobjdump prints, which can be hundreds of megabytes."""
     for file in files or (native.OP_LIBRARY,):
         yield from _lines_of(file, *options)
@@ -108,7 +108,7 @@ def kernels(*files: Path) -> list[Kernel]:
     """Every kernel of the files, or of the op library, once for each architecture it is for."""
     found: dict[tuple[str, str], dict[str, int]] = {}
     symbol = ""
-    for arch, line in _lines(files, "--dump-resource-usage"):
+    for arch, line in lines(files, "--dump-resource-usage"):
         if heading := re.match(r" *Function (\w+):", line):
             symbol = heading[1]
         elif "REG:" in line:
@@ -143,7 +143,7 @@ def instructions(arch: str, *files: Path) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = defaultdict(Counter)
     symbol = ""
     statement = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ +)?([A-Z][\w.]*)")
-    for _, line in _lines(files, "-arch", arch, "-sass"):
+    for _, line in lines(files, "-arch", arch, "-sass"):
         if code := statement.match(line):
             found[symbol][code[1]] += 1
         elif "Function : " in line:

@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 
 from fastgpt.backends import native
-from tests import cuda_resources
+from tests import cuda_resources, warpgroup_products
 from tests.cuda_resources import Kernel
 
 if (MISSING := cuda_resources.missing()) is not None:
@@ -20,6 +20,7 @@ if (MISSING := cuda_resources.missing()) is not None:
 
 MAY_SPILL = {
     r"attention_fwd_kernel<\w+, 256, \w+>": "256 columns fill the registers",
+    r"attention_fwd_kernel<b?f16, 128, false>": "on sm_90, where attention_fwd_sm90 takes its place",
     r"attention_bwd_(dq|dkv)_kernel<\w+, \w+, 256, \w+>": "256 columns fill the registers",
     r"attention_bwd_dbias_kernel<\w+, f32, (64|128|256)>": "float32 products, off the common path",
 }
@@ -64,8 +65,19 @@ CLAIMS: dict[str, dict[str, str]] = {
     },
 }
 """source -> kernels -> what each of them must hold: copies of 16 bytes (LDG, STG), products on the
-tensor cores (HMMA, of warpgroups HGMMA), ldmatrix (LDSM), cp.async (LDGSTS). `|` separates alternatives.
+tensor cores (HMMA; HGMMA of warpgroups), ldmatrix (LDSM), cp.async (LDGSTS). `|` separates
+alternatives.
 """
+
+FIRST_FACTORS = {
+    "attention_fwd_sm90_kernel": lambda d: {"invariant": d // 16, "carried": 4},
+    "attention_bwd_dkv_sm90_kernel": lambda d: {"shared": 2 * d // 16, "fresh": 8},
+    "attention_bwd_dq_sm90_kernel": lambda d: {
+        "shared" if d == 64 else "invariant": 2 * d // 16,
+        "fresh": 4,
+    },
+}
+"""Kernel for warpgroups -> head_dim -> where the products of its loop take their first factors."""
 
 SOURCES = [  # that have kernels
     path.stem
@@ -136,6 +148,31 @@ def test_instructions_are_those_that_are_claimed(
         for kernel, found in claimed:
             lacking = [one for one in wanted.split() if not holds(found, one)]
             assert not lacking, f"{kernel.name} for {kernel.arch} lacks {lacking}"
+
+
+def test_first_factors_of_a_warpgroup_are_not_overwritten(kernels: list[Kernel]) -> None:
+    named = {k.symbol: k for k in kernels if k.family in FIRST_FACTORS}
+    assert {k.family for k in named.values()} == set(FIRST_FACTORS)
+    found = warpgroup_products.first_factors("sm_90a")
+    assert found.keys() == named.keys()
+    for symbol, kernel in named.items():
+        wanted = FIRST_FACTORS[kernel.family](int(kernel.name.split(", ")[1].rstrip(">")))
+        assert found[symbol] == wanted, kernel.name
+
+
+def test_an_overwritten_factor_is_seen() -> None:
+    product = "HGMMA.64x64x16.F32.BF16 R24, R{}, gdesc[UR8], R24"
+    loop = [
+        product.format(120),
+        product.format(124),
+        "@!P0 FADD R60, R24, -R18.reuse",
+        "F2FP.BF16.F32.PACK_AB R130, R57, R60",
+        product.format(128),
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24",
+    ]
+    assert warpgroup_products.kinds(loop) == {"invariant": 2, "fresh": 1, "shared": 1}
+    loop[3] = loop[3].replace("R130", "R125")
+    assert warpgroup_products.kinds(loop)["carried"] == 1
 
 
 def test_local_memory_is_counted_where_the_code_uses_it(

@@ -5,32 +5,28 @@
 // of queries; scores are (keys, queries), so that P^T and dS^T are factors in registers. The
 // product v dout^T runs under the exponentials of k q^T, p^T dout under dS, ds^T q under the
 // products of the next tile.
-#include <cstdlib>
-
 #include "csrc/cuda/attention_bwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
 
 namespace fastgpt::cuda {
 namespace {
 
-template <int kD, int kG>
+template <int kD>
 struct WarpgroupDkv {
-  static constexpr int kGroups = kG;
-  static constexpr int kBlocks = kG == 1 ? 2 : 1;  // of a multiprocessor
+  static constexpr int kBlocks = 2;  // of a multiprocessor, each at its own pace
   static constexpr int kQueries = 64;
   static constexpr int kStages = 2;
-  static constexpr int kThreads = kGroups * kWarpgroup;
-  static constexpr int kKeys = kGroups * kGroupRows;
+  static constexpr int kKeys = kGroupRows;
   using Keys = PanelTile<kKeys, kD>;
   using Queries = PanelTile<kQueries, kD>;
   static constexpr int kSharedBytes =
       2 * Keys::kBytes + kStages * (2 * Queries::kBytes + 2 * kQueries * 4);
 };
 
-template <typename T, int kD, int kG>
-__global__ void __launch_bounds__(kG* kWarpgroup, WarpgroupDkv<kD, kG>::kBlocks)
+template <typename T, int kD>
+__global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
     attention_bwd_dkv_sm90_kernel(Bwd p) {
-  using Tile = WarpgroupDkv<kD, kG>;
+  using Tile = WarpgroupDkv<kD>;
   using Queries = typename Tile::Queries;
   constexpr int kQueries = Tile::kQueries, kN = kQueries / 8;
   FASTGPT_DYNAMIC_SHARED(shared);
@@ -41,7 +37,6 @@ __global__ void __launch_bounds__(kG* kWarpgroup, WarpgroupDkv<kD, kG>::kBlocks)
   float* s_statistics = reinterpret_cast<float*>(s_dout + Tile::kStages * Queries::kElements);
   const Lane at;
   const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
-  const int group_row = own / kGroupRows * kGroupRows;
 
   const AttentionProblem& problem = p.problem;
   const AttentionInputs& in = problem.in;
@@ -81,14 +76,12 @@ __global__ void __launch_bounds__(kG* kWarpgroup, WarpgroupDkv<kD, kG>::kBlocks)
       // What a query that sees no key holds must not be met.
       const auto alive = [&](int row) { return m0 + row < sq && band.sees_any(m0 + row); };
       const bool whole = alive(0) && alive(kQueries - 1);
-      Queries::template load<Tile::kThreads>(
-          s_q + stage * Queries::kElements,
-          rows_of<const T>(in.q, packed, z, next_head, queries.first + m0), q_s, d, p.direct_q,
-          whole, alive);
-      Queries::template load<Tile::kThreads>(
-          s_dout + stage * Queries::kElements,
-          rows_of<const T>(p.dout, packed, z, next_head, queries.first + m0), dout_s, d,
-          p.direct_dout, whole, alive);
+      Queries::load(s_q + stage * Queries::kElements,
+                    rows_of<const T>(in.q, packed, z, next_head, queries.first + m0), q_s, d,
+                    p.direct_q, whole, alive);
+      Queries::load(s_dout + stage * Queries::kElements,
+                    rows_of<const T>(p.dout, packed, z, next_head, queries.first + m0), dout_s, d,
+                    p.direct_dout, whole, alive);
       const int row = static_cast<int>(threadIdx.x);
       if (row < kQueries) {
         const int64_t at_row = statistics_at(problem, z, next_head, queries.first + m0) + row;
@@ -112,12 +105,10 @@ __global__ void __launch_bounds__(kG* kWarpgroup, WarpgroupDkv<kD, kG>::kBlocks)
   if (steps > 0) {
     const auto alive = [&](int row) { return n0 + row < keys.count; };
     const bool whole = alive(Tile::kKeys - 1);
-    Tile::Keys::template load<Tile::kThreads>(
-        s_k, rows_of<const T>(in.k, packed, z, key_head, keys.first + n0), in.k.stride[2], d,
-        p.direct_k, whole, alive);
-    Tile::Keys::template load<Tile::kThreads>(
-        s_v, rows_of<const T>(in.v, packed, z, key_head, keys.first + n0), in.v.stride[2], d,
-        p.direct_v, whole, alive);
+    Tile::Keys::load(s_k, rows_of<const T>(in.k, packed, z, key_head, keys.first + n0),
+                     in.k.stride[2], d, p.direct_k, whole, alive);
+    Tile::Keys::load(s_v, rows_of<const T>(in.v, packed, z, key_head, keys.first + n0),
+                     in.v.stride[2], d, p.direct_v, whole, alive);
     load_queries(0);
     for (int step = 0; step < steps; ++step) {
       wait_copies<0>();
@@ -128,9 +119,9 @@ __global__ void __launch_bounds__(kG* kWarpgroup, WarpgroupDkv<kD, kG>::kBlocks)
       const T* s_own_dout = s_dout + stage * Queries::kElements;
       const float* s_lse2 = s_statistics + stage * 2 * kQueries;
       wgmma_begin();
-      issue_transposed<Tile::kKeys, kQueries, kD>(r_s, s_k, group_row, s_own_q);
+      issue_transposed<Tile::kKeys, kQueries, kD>(r_s, s_k, s_own_q);
       wgmma_commit();
-      issue_transposed<Tile::kKeys, kQueries, kD>(r_dp, s_v, group_row, s_own_dout);
+      issue_transposed<Tile::kKeys, kQueries, kD>(r_dp, s_v, s_own_dout);
       wgmma_commit();
       wgmma_wait<1>();
       hold(r_s);
@@ -202,16 +193,11 @@ void attention_bwd_dkv_sm90(const Bwd& p, void* stream) {
     visit_warpgroup_width(p.problem.d, [&](auto width) {
       using T = typename decltype(type)::type;
       constexpr int kD = decltype(width)::kValue;
-      const auto run = [&](auto groups) {
-        using Tile = WarpgroupDkv<kD, decltype(groups)::kValue>;
-        const int64_t tiles = (p.problem.sk + Tile::kKeys - 1) / Tile::kKeys;
-        launch(attention_bwd_dkv_sm90_kernel<T, kD, decltype(groups)::kValue>,
-               dim3(grid_size(tiles * elements_of(p.problem) * p.problem.hk)), dim3(Tile::kThreads),
-               Tile::kSharedBytes, stream, p);
-      };
-      constexpr int kAt = kD == 64 ? 0 : kD == 80 ? 1 : kD == 96 ? 2 : 3;
-      const char* variant = getenv("X");
-      (variant != nullptr && variant[kAt] == '2') ? run(Constant<2>{}) : run(Constant<1>{});
+      using Tile = WarpgroupDkv<kD>;
+      const int64_t tiles = (p.problem.sk + Tile::kKeys - 1) / Tile::kKeys;
+      launch(attention_bwd_dkv_sm90_kernel<T, kD>,
+             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.hk)), dim3(kWarpgroup),
+             Tile::kSharedBytes, stream, p);
     });
   });
 }

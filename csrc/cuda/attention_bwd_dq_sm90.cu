@@ -4,53 +4,53 @@
 // A block is a warpgroup: it takes 64 queries, keeps q and dout in registers and walks the tiles of
 // keys. The product dout v^T runs under the exponentials of q k^T, and ds k of one tile
 // under the products of the next.
-#include <cstdlib>
-
 #include "csrc/cuda/attention_bwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
 
 namespace fastgpt::cuda {
 namespace {
 
-template <int kD, int kG, int kB>
+template <int kD>
 struct WarpgroupDq {
-  static constexpr int kGroups = kG;
+  static constexpr int kBlocks = kD <= 64 ? 3 : 2;  // of a multiprocessor, each at its own pace
   static constexpr int kKeys = 64;
   static constexpr int kStages = 3;
-  static constexpr int kThreads = kGroups * kWarpgroup;
-  static constexpr int kQueries = kGroups * kGroupRows;
-  using Queries = PanelTile<kQueries, kD>;
+  // Else q and dout stay in shared memory: where their factors have the shape of those of ds, nvcc
+  // 13.0 gives both the same registers, and what is needed in every round is overwritten in the
+  // first (tests/test_cuda_resources.py looks for it).
+  static constexpr bool kInRegisters = kD != kKeys;
+  using Queries = PanelTile<kGroupRows, kD>;
   using Keys = PanelTile<kKeys, kD>;
-  // q and dout come in the place of the last stage, if they fit.
-  static constexpr bool kInStage = Queries::kElements <= Keys::kElements;
+  static_assert(Queries::kElements == Keys::kElements, "q and dout come in the place of a stage");
   static constexpr int kSharedBytes =
-      2 * kStages * Keys::kBytes + (kInStage ? 0 : 2 * Queries::kBytes);
+      2 * kStages * Keys::kBytes + (kInRegisters ? 0 : 2 * Queries::kBytes);
 };
 
-template <typename T, int kD, int kG, int kB>
-__global__ void __launch_bounds__(kG* kWarpgroup, kB) attention_bwd_dq_sm90_kernel(Bwd p) {
-  using Tile = WarpgroupDq<kD, kG, kB>;
+template <typename T, int kD>
+__global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
+    attention_bwd_dq_sm90_kernel(Bwd p) {
+  using Tile = WarpgroupDq<kD>;
+  using Queries = typename Tile::Queries;
   using Keys = typename Tile::Keys;
   constexpr int kKeys = Tile::kKeys, kN = kKeys / 8;
   FASTGPT_DYNAMIC_SHARED(shared);
   T* s_k = reinterpret_cast<T*>(shared);
   T* s_v = s_k + Tile::kStages * Keys::kElements;
-  T* s_q = Tile::kInStage ? s_k + (Tile::kStages - 1) * Keys::kElements
-                          : s_v + Tile::kStages * Keys::kElements;
-  T* s_dout =
-      Tile::kInStage ? s_v + (Tile::kStages - 1) * Keys::kElements : s_q + Tile::Queries::kElements;
+  T* s_end = s_v + Tile::kStages * Keys::kElements;
+  T* s_q = Tile::kInRegisters ? s_v - Keys::kElements : s_end;  // the last stage of k
+  T* s_dout = Tile::kInRegisters ? s_end - Keys::kElements : s_end + Queries::kElements;
   const Lane at;
   const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
 
   const AttentionProblem& problem = p.problem;
   const bool packed = problem.g_cu_seqlens_q != nullptr;
-  const QueryBlock block(problem, Tile::kQueries);
+  const QueryBlock block(problem, kGroupRows);
   const int z = block.z, head = block.head, m0 = block.m0, sq = block.queries.count;
   const int first_query = block.queries.first, d = problem.d;
   if (z == problem.b) {  // tokens that no document has
     T* g_dq = rows_of<T>(p.dq, packed, z, head, first_query);
-    for (int first = m0; first < sq; first += block.tiles * Tile::kQueries) {
-      clear_rows(g_dq + first * p.dq.stride[2], p.dq.stride[2], min(sq - first, Tile::kQueries), d);
+    for (int first = m0; first < sq; first += block.tiles * kGroupRows) {
+      clear_rows(g_dq + first * p.dq.stride[2], p.dq.stride[2], min(sq - first, kGroupRows), d);
     }
     return;
   }
@@ -61,24 +61,23 @@ __global__ void __launch_bounds__(kG* kWarpgroup, kB) attention_bwd_dq_sm90_kern
   const T* g_v = rows_of<const T>(in.v, packed, z, block.key_head, keys.first);
   const int64_t statistics = statistics_at(problem, z, head, first_query) + m0;
   const Band band(problem, sq, keys.count);
-  const Walk walk = band.keys(m0, min(m0 + Tile::kQueries, sq), kKeys, false);
+  const Walk walk = band.keys(m0, min(m0 + kGroupRows, sq), kKeys, false);
   const auto load_keys = [&](int t) {
     if (t < walk.count) {
       const int n0 = walk.at(t), stage = t % Tile::kStages * Keys::kElements;
       const auto alive = [&](int row) { return n0 + row < keys.count; };
       const bool whole = n0 + kKeys <= keys.count;
       const int64_t k_s = in.k.stride[2], v_s = in.v.stride[2];
-      Keys::template load<Tile::kThreads>(s_k + stage, g_k + n0 * k_s, k_s, d, p.direct_k, whole,
-                                          alive);
-      Keys::template load<Tile::kThreads>(s_v + stage, g_v + n0 * v_s, v_s, d, p.direct_v, whole,
-                                          alive);
+      Keys::load(s_k + stage, g_k + n0 * k_s, k_s, d, p.direct_k, whole, alive);
+      Keys::load(s_v + stage, g_v + n0 * v_s, v_s, d, p.direct_v, whole, alive);
     }
     commit_copies();
   };
 
   float r_rows[1][kD / 8][4], r_s[kN][4], r_dp[kN][4], r_lse2[2], r_delta[2];
   float (&r_dq)[kD / 8][4] = r_rows[0];
-  uint32_t r_q[kD / 16][4], r_dout[kD / 16][4], r_ds[kKeys / 16][4];
+  [[maybe_unused]] uint32_t r_q[kD / 16][4], r_dout[kD / 16][4];
+  uint32_t r_ds[kKeys / 16][4];
   clear(r_rows);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -89,18 +88,18 @@ __global__ void __launch_bounds__(kG* kWarpgroup, kB) attention_bwd_dq_sm90_kern
   if (walk.count > 0) {
     // What a query that sees no key holds must not be met.
     const auto alive = [&](int row) { return m0 + row < sq && band.sees_any(m0 + row); };
-    const bool whole = alive(0) && alive(Tile::kQueries - 1);
-    Tile::Queries::template load<Tile::kThreads>(
-        s_q, rows_of<const T>(in.q, packed, z, head, first_query + m0), in.q.stride[2], d,
-        p.direct_q, whole, alive);
-    Tile::Queries::template load<Tile::kThreads>(
-        s_dout, rows_of<const T>(p.dout, packed, z, head, first_query + m0), p.dout.stride[2], d,
-        p.direct_dout, whole, alive);
+    const bool whole = alive(0) && alive(kGroupRows - 1);
+    Queries::load(s_q, rows_of<const T>(in.q, packed, z, head, first_query + m0), in.q.stride[2], d,
+                  p.direct_q, whole, alive);
+    Queries::load(s_dout, rows_of<const T>(p.dout, packed, z, head, first_query + m0),
+                  p.dout.stride[2], d, p.direct_dout, whole, alive);
     load_keys(0);
     wait_copies<0>();
     __syncthreads();
-    Tile::Queries::factors(r_q, s_q, own);
-    Tile::Queries::factors(r_dout, s_dout, own);
+    if constexpr (Tile::kInRegisters) {
+      Queries::factors(r_q, s_q, own);
+      Queries::factors(r_dout, s_dout, own);
+    }
     for (int t = 0; t < walk.count; ++t) {
       wait_copies<0>();
       fence_shared();
@@ -109,9 +108,15 @@ __global__ void __launch_bounds__(kG* kWarpgroup, kB) attention_bwd_dq_sm90_kern
       const T* s_own_k = s_k + t % Tile::kStages * Keys::kElements;
       const T* s_own_v = s_v + t % Tile::kStages * Keys::kElements;
       wgmma_begin();
-      issue_transposed<kKeys, kD>(r_s, r_q, s_own_k);
-      wgmma_commit();
-      issue_transposed<kKeys, kD>(r_dp, r_dout, s_own_v);
+      if constexpr (Tile::kInRegisters) {
+        issue_transposed<kKeys, kD>(r_s, r_q, s_own_k);
+        wgmma_commit();
+        issue_transposed<kKeys, kD>(r_dp, r_dout, s_own_v);
+      } else {
+        issue_transposed<kGroupRows, kKeys, kD>(r_s, s_q, s_own_k);
+        wgmma_commit();
+        issue_transposed<kGroupRows, kKeys, kD>(r_dp, s_dout, s_own_v);
+      }
       wgmma_commit();
       wgmma_wait<1>();
       hold(r_s);
@@ -169,20 +174,11 @@ void attention_bwd_dq_sm90(const Bwd& p, void* stream) {
     visit_warpgroup_width(p.problem.d, [&](auto width) {
       using T = typename decltype(type)::type;
       constexpr int kD = decltype(width)::kValue;
-      const auto run = [&](auto groups, auto blocks) {
-        using Tile = WarpgroupDq<kD, decltype(groups)::kValue, decltype(blocks)::kValue>;
-        const int64_t tiles = (p.problem.sq + Tile::kQueries - 1) / Tile::kQueries;
-        launch(
-            attention_bwd_dq_sm90_kernel<T, kD, decltype(groups)::kValue, decltype(blocks)::kValue>,
-            dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(Tile::kThreads),
-            Tile::kSharedBytes, stream, p);
-      };
-      constexpr int kAt = kD == 64 ? 0 : kD == 80 ? 1 : kD == 96 ? 2 : 3;
-      const char* variant = getenv("W");
-      const char c = variant != nullptr ? variant[kAt] : '1';
-      if (c == '2') return run(Constant<2>{}, Constant<1>{});
-      if (c == '3' && kD == 64) return run(Constant<1>{}, Constant<kD == 64 ? 3 : 2>{});
-      run(Constant<1>{}, Constant<2>{});
+      using Tile = WarpgroupDq<kD>;
+      const int64_t tiles = (p.problem.sq + kGroupRows - 1) / kGroupRows;
+      launch(attention_bwd_dq_sm90_kernel<T, kD>,
+             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(kWarpgroup),
+             Tile::kSharedBytes, stream, p);
     });
   });
 }

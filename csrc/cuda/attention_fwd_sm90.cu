@@ -5,8 +5,6 @@
 // edges first. The product q k^T of the next tile runs under the softmax of this one, and
 // p v under both; copies are three tiles ahead. Source: Shah et al. 2024,
 // https://arxiv.org/abs/2407.08608 (the overlap within a warpgroup).
-#include <cstdlib>
-
 #include "csrc/cuda/attention_fwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
 
@@ -14,22 +12,22 @@ namespace fastgpt::cuda {
 namespace {
 
 // Blocks of a multiprocessor run at their own pace: one computes its softmax while another
-// multiplies.
-template <int kD, int kS, int kB>
+// multiplies. How many, and how far ahead they copy, as measured on an H100.
+template <int kD>
 struct WarpgroupFwd {
-  static constexpr int kBlocks = kB;  // of a multiprocessor
+  static constexpr int kBlocks = kD == 96 ? 3 : 2;
+  static constexpr int kStages = kD <= 96 ? 2 : 3;
   static constexpr int kKeys = 64;
-  static constexpr int kStages = kS;
-  static constexpr int kQueries = kGroupRows;
-  using Queries = PanelTile<kQueries, kD>;
+  using Queries = PanelTile<kGroupRows, kD>;
   using Keys = PanelTile<kKeys, kD>;
   static_assert(Queries::kElements == Keys::kElements, "queries come in the place of a stage");
   static constexpr int kSharedBytes = 2 * kStages * Keys::kBytes;
 };
 
-template <typename T, int kD, int kS, int kB>
-__global__ void __launch_bounds__(kWarpgroup, kB) attention_fwd_sm90_kernel(Fwd p) {
-  using Tile = WarpgroupFwd<kD, kS, kB>;
+template <typename T, int kD>
+__global__ void __launch_bounds__(kWarpgroup, WarpgroupFwd<kD>::kBlocks)
+    attention_fwd_sm90_kernel(Fwd p) {
+  using Tile = WarpgroupFwd<kD>;
   using Keys = typename Tile::Keys;
   constexpr int kKeys = Tile::kKeys, kN = kKeys / 8;
   FASTGPT_DYNAMIC_SHARED(shared);
@@ -39,18 +37,17 @@ __global__ void __launch_bounds__(kWarpgroup, kB) attention_fwd_sm90_kernel(Fwd 
   const Lane at;
   const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
 
-  const FwdRows<T> rows(p, Tile::kQueries);
+  const FwdRows<T> rows(p, kGroupRows);
   if (!rows.any) return;
   const AttentionInputs& in = p.problem.in;
   const int m0 = rows.m0, sq = rows.queries, d = p.problem.d;
   const Band band(p.problem, sq, rows.keys);
-  const Walk walk = band.keys(m0, min(m0 + Tile::kQueries, sq), kKeys, false);
+  const Walk walk = band.keys(m0, min(m0 + kGroupRows, sq), kKeys, false);
   const auto load_keys = [&](T* s_tiles, const T* g_rows, int64_t stride, int t, bool direct) {
     if (t >= walk.count) return;
     const int n0 = walk.at(t);
-    Keys::template load<kWarpgroup>(
-        s_tiles + t % Tile::kStages * Keys::kElements, g_rows + n0 * stride, stride, d, direct,
-        n0 + kKeys <= rows.keys, [&](int row) { return n0 + row < rows.keys; });
+    Keys::load(s_tiles + t % Tile::kStages * Keys::kElements, g_rows + n0 * stride, stride, d,
+               direct, n0 + kKeys <= rows.keys, [&](int row) { return n0 + row < rows.keys; });
   };
   // Group t: the keys of tile t, the values of the tile before it.
   const auto load_group = [&](int t) {
@@ -110,9 +107,8 @@ __global__ void __launch_bounds__(kWarpgroup, kB) attention_fwd_sm90_kernel(Fwd 
   };
 
   if (walk.count > 0) {
-    Tile::Queries::template load<kWarpgroup>(s_q, rows.g_q, in.q.stride[2], d, p.direct_q,
-                                             m0 + Tile::kQueries <= sq,
-                                             [&](int row) { return m0 + row < sq; });
+    Tile::Queries::load(s_q, rows.g_q, in.q.stride[2], d, p.direct_q, m0 + kGroupRows <= sq,
+                        [&](int row) { return m0 + row < sq; });
     for (int t = 0; t < Tile::kStages; ++t) load_group(t);
     wait_copies<Tile::kStages - 1>();
     fence_shared();
@@ -184,26 +180,11 @@ void attention_fwd_sm90(const Fwd& p, void* stream) {
     visit_warpgroup_width(p.problem.d, [&](auto width) {
       using T = typename decltype(type)::type;
       constexpr int kD = decltype(width)::kValue;
-      const auto run = [&](auto stages, auto blocks) {
-        constexpr int kS = decltype(stages)::kValue, kB = decltype(blocks)::kValue;
-        using Tile = WarpgroupFwd<kD, kS, kB>;
-        const int64_t tiles = (p.problem.sq + Tile::kQueries - 1) / Tile::kQueries;
-        launch(attention_fwd_sm90_kernel<T, kD, kS, kB>,
-               dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(kWarpgroup),
-               Tile::kSharedBytes, stream, p);
-      };
-      const char* variant = getenv("V");
-      constexpr int kAt = kD == 64 ? 0 : kD == 80 ? 1 : kD == 96 ? 2 : 3;
-      switch (variant ? variant[kAt] : '0') {
-        case '1':
-          return run(Constant<2>{}, Constant<2>{});
-        case '2':
-          return run(Constant<2>{}, Constant<3>{});
-        case '3':
-          return run(Constant<3>{}, Constant<3>{});
-        default:
-          return run(Constant<3>{}, Constant<2>{});
-      }
+      using Tile = WarpgroupFwd<kD>;
+      const int64_t tiles = (p.problem.sq + kGroupRows - 1) / kGroupRows;
+      launch(attention_fwd_sm90_kernel<T, kD>,
+             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(kWarpgroup),
+             Tile::kSharedBytes, stream, p);
     });
   });
 }

@@ -37,13 +37,13 @@ struct PanelTile {
     return shared_matrix(s_tile, 2 * kPanelElements);
   }
 
-  // By all kThreads of the block; what is copied and when as in load_rows(). `whole`: all rows are
-  // alive. A running pointer: addresses that are kept for the next tile would take registers.
-  template <int kThreads, typename T, typename F>
+  // By a warpgroup, the whole block; what is copied and when as in load_rows(). `whole`: all rows
+  // are alive. A running pointer: addresses that are kept for the next tile would take registers.
+  template <typename T, typename F>
   __device__ static void load(T* s_tile, const T* g_rows, int64_t stride, int d, bool direct,
                               bool whole, const F& alive) {
     constexpr int kLanes = kD <= kPanelColumns ? 8 : 16;  // of a row
-    constexpr int kStep = kThreads / kLanes;
+    constexpr int kStep = kWarpgroup / kLanes;
     static_assert(kStep % 8 == 0 && kRows % kStep == 0, "rows so far apart are swizzled alike");
     const int lane = static_cast<int>(threadIdx.x) % kLanes, column = lane * 8;
     if (column >= kD) return;
@@ -97,13 +97,12 @@ __device__ inline void issue_transposed(float (&r)[kRows / 8][4], const uint32_t
   }
 }
 
-// r = a b^T: a the warpgroup's 64 rows, from `row` on, of a tile of kOwnRows rows.
+// r = a b^T: a the kOwnRows rows of a tile, 64 for the warpgroup, b the kRows rows of another.
 template <int kOwnRows, int kRows, int kD, typename T>
-__device__ inline void issue_transposed(float (&r)[kRows / 8][4], const T* s_a, int row,
-                                        const T* s_b) {
+__device__ inline void issue_transposed(float (&r)[kRows / 8][4], const T* s_a, const T* s_b) {
   using Own = PanelTile<kOwnRows, kD>;
   using Tile = PanelTile<kRows, kD>;
-  const SharedMatrix a = Own::by_columns(s_a + row * kPanelColumns), b = Tile::by_columns(s_b);
+  const SharedMatrix a = Own::by_columns(s_a), b = Tile::by_columns(s_b);
 #pragma unroll
   for (int step = 0; step < kD / 16; ++step) {
     wgmma_ss<T, kRows>(r, advanced(a, Own::column_bytes(step)),
