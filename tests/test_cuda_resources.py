@@ -20,7 +20,7 @@ if (MISSING := cuda_resources.missing()) is not None:
 
 MAY_SPILL = {
     r"attention_fwd_kernel<\w+, 256, \w+>": "256 columns fill the registers",
-    r"attention_fwd_kernel<b?f16, 128, false>": "on sm_90, where attention_fwd_sm90 takes its place",
+    r"attention_fwd_kernel<b?f16, 128, false>": "on sm_90, which runs attention_fwd_sm90",
     r"attention_bwd_(dq|dkv)_kernel<\w+, \w+, 256, \w+>": "256 columns fill the registers",
     r"attention_bwd_dbias_kernel<\w+, f32, (64|128|256)>": "float32 products, off the common path",
 }

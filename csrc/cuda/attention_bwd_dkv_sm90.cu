@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
   float* s_statistics = reinterpret_cast<float*>(s_dout + Tile::kStages * Queries::kElements);
   const Lane at;
   const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
+  const int group_row = own / kGroupRows * kGroupRows;         // of the warpgroup
 
   const AttentionProblem& problem = p.problem;
   const AttentionInputs& in = problem.in;
@@ -119,9 +120,9 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
       const T* s_own_dout = s_dout + stage * Queries::kElements;
       const float* s_lse2 = s_statistics + stage * 2 * kQueries;
       wgmma_begin();
-      issue_transposed<Tile::kKeys, kQueries, kD>(r_s, s_k, s_own_q);
+      issue_transposed<Tile::kKeys, kQueries, kD>(r_s, s_k, group_row, s_own_q);
       wgmma_commit();
-      issue_transposed<Tile::kKeys, kQueries, kD>(r_dp, s_v, s_own_dout);
+      issue_transposed<Tile::kKeys, kQueries, kD>(r_dp, s_v, group_row, s_own_dout);
       wgmma_commit();
       wgmma_wait<1>();
       hold(r_s);

@@ -113,9 +113,9 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
         wgmma_commit();
         issue_transposed<kKeys, kD>(r_dp, r_dout, s_own_v);
       } else {
-        issue_transposed<kGroupRows, kKeys, kD>(r_s, s_q, s_own_k);
+        issue_transposed<kGroupRows, kKeys, kD>(r_s, s_q, 0, s_own_k);
         wgmma_commit();
-        issue_transposed<kGroupRows, kKeys, kD>(r_dp, s_dout, s_own_v);
+        issue_transposed<kGroupRows, kKeys, kD>(r_dp, s_dout, 0, s_own_v);
       }
       wgmma_commit();
       wgmma_wait<1>();

@@ -97,12 +97,13 @@ __device__ inline void issue_transposed(float (&r)[kRows / 8][4], const uint32_t
   }
 }
 
-// r = a b^T: a the kOwnRows rows of a tile, 64 for the warpgroup, b the kRows rows of another.
+// r = a b^T: a the warpgroup's 64 rows, from `row` on, of a tile of kOwnRows rows.
 template <int kOwnRows, int kRows, int kD, typename T>
-__device__ inline void issue_transposed(float (&r)[kRows / 8][4], const T* s_a, const T* s_b) {
+__device__ inline void issue_transposed(float (&r)[kRows / 8][4], const T* s_a, int row,
+                                        const T* s_b) {
   using Own = PanelTile<kOwnRows, kD>;
   using Tile = PanelTile<kRows, kD>;
-  const SharedMatrix a = Own::by_columns(s_a), b = Tile::by_columns(s_b);
+  const SharedMatrix a = Own::by_columns(s_a + row * kPanelColumns), b = Tile::by_columns(s_b);
 #pragma unroll
   for (int step = 0; step < kD / 16; ++step) {
     wgmma_ss<T, kRows>(r, advanced(a, Own::column_bytes(step)),
