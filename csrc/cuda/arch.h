@@ -17,6 +17,5 @@ constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxBlockThreads = 1024;
 constexpr unsigned kDefaultSharedBytes = 48 * 1024;  // what a block may have without opting in
-constexpr unsigned kMostSharedBytes = 160 * 1024;    // what it may have at all, of sm_80's 163 KB
 
 }  // namespace fastgpt::cuda

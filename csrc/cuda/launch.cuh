@@ -29,6 +29,7 @@ static inline unsigned grid_size(int64_t blocks) {
 #if defined(FASTGPT_EMULATED)
 using emulator::compute_capability;
 using emulator::launch;
+using emulator::most_shared_bytes;
 #else
 static inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -48,6 +49,15 @@ static inline int compute_capability() {
   const int capability = 10 * major + minor;
   if (device < kDevices) known[device] = capability;
   return capability;
+}
+
+// What a block may have of shared memory on the current device, when launch() has opted in.
+static inline size_t most_shared_bytes() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "the current device");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "a device");
+  return static_cast<size_t>(bytes);
 }
 
 template <typename... Params, typename... Args>

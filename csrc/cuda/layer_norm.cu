@@ -259,8 +259,8 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   write(1, g_dweight + n);
 }
 
-// Rows that do not fit the registers: read twice. The sums of a chunk are in shared memory where
-// they fit that, else where they are to be left.
+// Rows that do not fit the registers, or their sums the shared memory: read twice. The sums of a
+// chunk are in shared memory where they fit that, else where they are to be left.
 template <typename T, typename Y, int kPack>
 __global__ void __launch_bounds__(kMaxRowThreads)
     layer_norm_bwd_long_kernel(LayerNormBwd p, int64_t chunk_rows, bool shared, float* g_sums) {
@@ -345,6 +345,8 @@ void layer_norm_bwd(const LayerNormBwd& p, float* workspace, void* stream) {
   const int widest = std::min(pack_of(p.x), pack_of(p.dy));  // or float32 dy would spill
   const RowPlan plan = plan_rows(n, widest, {p.x, p.dy, p.ds, p.dx});
   const dim3 grid(grid_size(chunks));
+  constexpr size_t kReduceBytes = 1024;  // more than the kernels' arrays for row_sum
+  const size_t room = most_shared_bytes() - kReduceBytes;
   visit_rows(plan, p.x.dtype, p.dy.dtype, [&](auto tx, auto ty, auto pack, auto cached) {
     using T = typename decltype(tx)::type;
     using Y = typename decltype(ty)::type;
@@ -353,14 +355,16 @@ void layer_norm_bwd(const LayerNormBwd& p, float* workspace, void* stream) {
     if constexpr (decltype(cached)::kValue) {
       const int rows = std::max(1, kBackwardThreads / plan.threads);
       const size_t floats = (size_t{2} * rows + 1) * plan.threads * kCachedPacks * kPack;
-      launch(layer_norm_bwd_kernel<T, Y, kPack>, grid, dim3(plan.threads, rows),
-             floats * sizeof(float), stream, p, chunk_rows_of(r), workspace);
-    } else {
-      const size_t sums = 2 * sizeof(float) * n;
-      const bool shared = sums <= kMostSharedBytes;
-      launch(layer_norm_bwd_long_kernel<T, Y, kPack>, grid, dim3(plan.threads), shared ? sums : 0,
-             stream, p, chunk_rows_of(r), shared, workspace);
+      if (floats * sizeof(float) <= room) {
+        launch(layer_norm_bwd_kernel<T, Y, kPack>, grid, dim3(plan.threads, rows),
+               floats * sizeof(float), stream, p, chunk_rows_of(r), workspace);
+        return;
+      }
     }
+    const size_t sums = 2 * sizeof(float) * n;
+    const bool shared = sums <= room;
+    launch(layer_norm_bwd_long_kernel<T, Y, kPack>, grid, dim3(plan.threads), shared ? sums : 0,
+           stream, p, chunk_rows_of(r), shared, workspace);
   });
   float *dweight = static_cast<float*>(p.dweight.data), *dbias = static_cast<float*>(p.dbias.data);
   sum_chunks(workspace, chunks, 2 * n, n, {dweight, dbias}, stream);

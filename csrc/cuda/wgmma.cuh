@@ -53,7 +53,7 @@ __device__ inline SharedMatrix advanced(SharedMatrix m, int bytes) {
 #endif
 }
 
-// Before the first product, and whenever registers of one were written since the last.
+// Before the first product, and after every wait, when registers of the next may have been written.
 __device__ inline void wgmma_begin() {
 #if defined(FASTGPT_EMULATED)
   emulator::wgmma_begin();
@@ -152,7 +152,7 @@ __device__ inline void hold(float (&r)[kN][4]) {
 #define FASTGPT_WGMMA_RS(n, type, layout)                                           \
   asm volatile(FASTGPT_WGMMA(n, type, FASTGPT_RS_##n, FASTGPT_RS_##n##_ADD, layout) \
                : FASTGPT_R##n                                                       \
-               : "r"(r_a[0]), "r"(r_a[1]), "r"(r_a[2]), "r"(r_a[3]), "l"(b.bits()),   \
+               : "r"(r_a[0]), "r"(r_a[1]), "r"(r_a[2]), "r"(r_a[3]), "l"(b.bits()), \
                  "r"(static_cast<int>(add)))
 // For the kN and the type of the function that it stands in.
 #define FASTGPT_WGMMA_OF(f, layout) \

@@ -58,6 +58,9 @@ struct Memory {
 // they may use wgmma, which 90 has.
 int compute_capability();
 void set_compute_capability(int capability);
+inline size_t most_shared_bytes() {
+  return (compute_capability() == 80 ? 163 : 227) * 1024;
+}
 
 // The order of threads in the next launches: 0 ascending, 1 descending, others random. Every launch
 // takes the next one, unless FASTGPT_EMULATOR_SCHEDULE names one for all.
