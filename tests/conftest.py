@@ -30,6 +30,11 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, or one worker would end alone with it."""
+    items.sort(key=lambda item: item.path.name != "test_triton_compile.py")
+
+
 @pytest.fixture(autouse=True)
 def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seeded, and without a backend that the environment or an earlier test forced."""
