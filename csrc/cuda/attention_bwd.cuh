@@ -28,6 +28,10 @@ static inline bool in_floats(const AttentionProblem& p) {
   return p.d < 16 || (p.sq < 16 && p.g_cu_seqlens_q == nullptr);
 }
 
+static inline bool gradients_for_warpgroups(const AttentionProblem& p) {
+  return for_warpgroups(p) && !in_floats(p);
+}
+
 // f(Type<T>, Type<C>, Constant<width>, Constant<true>): tensors of T, tiles of C, float or T.
 template <typename F>
 void visit_feature_gradients(const AttentionProblem& problem, const F& f) {

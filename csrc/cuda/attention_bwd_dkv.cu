@@ -195,7 +195,7 @@ void launch_dkv(const Bwd& p, void* stream) {
 
 void attention_bwd_dkv(const Bwd& p, void* stream) {
   if (p.problem.sk == 0) return;
-  if (for_warpgroups(p.problem) && !in_floats(p.problem)) return attention_bwd_dkv_sm90(p, stream);
+  if (gradients_for_warpgroups(p.problem)) return attention_bwd_dkv_sm90(p, stream);
   visit_gradients(p.problem, [&](auto type, auto tile_type, auto width, auto features) {
     launch_dkv<typename decltype(type)::type, typename decltype(tile_type)::type,
                decltype(width)::kValue, decltype(features)::kValue>(p, stream);

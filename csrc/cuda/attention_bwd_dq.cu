@@ -194,7 +194,7 @@ void launch_dq(const Bwd& p, void* stream) {
 }  // namespace
 
 void attention_bwd_dq(const Bwd& p, void* stream) {
-  if (for_warpgroups(p.problem) && !in_floats(p.problem)) return attention_bwd_dq_sm90(p, stream);
+  if (gradients_for_warpgroups(p.problem)) return attention_bwd_dq_sm90(p, stream);
   visit_gradients(p.problem, [&](auto type, auto tile_type, auto width, auto features) {
     launch_dq<typename decltype(type)::type, typename decltype(tile_type)::type,
               decltype(width)::kValue, decltype(features)::kValue>(p, stream);

@@ -170,7 +170,8 @@ struct Band {
   __device__ bool sees(int row, int column) const {
     return column <= high(row) && column >= low(row);
   }
-  // The first and the last query that sees a key; of a key that is not there, first > last.
+  // The first and the last query that sees a key; of a key that is not there, the first is beyond
+  // all queries.
   __device__ int first_row(int column) const {
     if (column >= sk) return kMostRows;
     return causal ? column - offset : window > 0 ? column - offset - window + 1 : 0;
@@ -214,17 +215,6 @@ struct Band {
 static inline bool has_features(const AttentionInputs& in) {
   return in.key_padding_mask || in.bias || in.mask || in.alibi_slopes || in.dropout_seed ||
          !(in.scale > 0.0f);
-}
-
-// Whether the kernels for warpgroups take them, on a GPU that has warpgroups.
-static inline bool for_warpgroups(const AttentionProblem& p) {
-#if defined(FASTGPT_SM90)
-  return compute_capability() == 90 && p.in.q.dtype != DType::f32 && p.d >= 16 && p.d <= 128 &&
-         !has_features(p.in);
-#else
-  static_cast<void>(p);
-  return false;
-#endif
 }
 
 static inline bool has_dropout(const AttentionInputs& in) {
