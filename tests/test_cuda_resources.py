@@ -73,14 +73,19 @@ alternatives.
 """
 
 FIRST_FACTORS = {
-    "attention_fwd_sm90_kernel": lambda d: {"invariant": d // 16, "carried": 4},
-    "attention_bwd_dkv_sm90_kernel": lambda d: {"shared": 2 * d // 16, "fresh": 8},
+    "attention_fwd_sm90_kernel": lambda d, keys: {"invariant": d // 16, "carried": keys // 16},
+    "attention_bwd_dkv_sm90_kernel": lambda d, queries: {
+        "shared": 2 * d // 16,
+        "fresh": 2 * queries // 16,
+    },
     "attention_bwd_dq_sm90_kernel": lambda d: {
         "shared" if d == 64 else "invariant": 2 * d // 16,
         "fresh": 4,
     },
 }
-"""Kernel for warpgroups -> head_dim -> where the products of its loop take their first factors."""
+"""Kernel for warpgroups -> of its head_dim, and the rows that it takes at once if they differ ->
+where the products of its loop take their first factors.
+"""
 
 SOURCES = [  # that have kernels
     path.stem
@@ -162,7 +167,8 @@ def test_first_factors_of_a_warpgroup_are_not_overwritten(kernels: list[Kernel])
     found = warpgroup_products.first_factors("sm_90a")
     assert found.keys() == named.keys()
     for symbol, kernel in named.items():
-        wanted = FIRST_FACTORS[kernel.family](int(kernel.name.split(", ")[1].rstrip(">")))
+        sizes = [int(size) for size in re.findall(r", (\d+)", kernel.name)]
+        wanted = FIRST_FACTORS[kernel.family](*sizes)
         assert found[symbol] == wanted, kernel.name
 
 

@@ -11,10 +11,14 @@
 namespace fastgpt::cuda {
 namespace {
 
+// Queries that are taken at once where there are many of them: as many as the registers hold.
 template <int kD>
+constexpr int kMostQueries = kD == 64 ? 96 : 64;
+
+template <int kD, int kTileQueries>
 struct WarpgroupDkv {
   static constexpr int kBlocks = 2;  // of a multiprocessor, each at its own pace
-  static constexpr int kQueries = 64;
+  static constexpr int kQueries = kTileQueries;
   static constexpr int kStages = 2;
   static constexpr int kKeys = kGroupRows;
   using Keys = PanelTile<kKeys, kD>;
@@ -23,12 +27,12 @@ struct WarpgroupDkv {
       2 * Keys::kBytes + kStages * (2 * Queries::kBytes + 2 * kQueries * 4);
 };
 
-template <typename T, int kD>
-__global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
+template <typename T, int kD, int kQueries>
+__global__ void __launch_bounds__(kWarpgroup, (WarpgroupDkv<kD, kQueries>::kBlocks))
     attention_bwd_dkv_sm90_kernel(Bwd p) {
-  using Tile = WarpgroupDkv<kD>;
+  using Tile = WarpgroupDkv<kD, kQueries>;
   using Queries = typename Tile::Queries;
-  constexpr int kQueries = Tile::kQueries, kN = kQueries / 8;
+  constexpr int kN = kQueries / 8;
   FASTGPT_DYNAMIC_SHARED(shared);
   T* s_k = reinterpret_cast<T*>(shared);
   T* s_v = s_k + Tile::Keys::kElements;
@@ -130,7 +134,7 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
       __syncthreads();  // the last tile has been read
       load_queries(step + 1);
       if (walk.edge(step % walk.count)) {
-        const int m0 = walk.at(step % walk.count);
+        const int m0 = walk.at(step % walk.count) + at.column(0, 0);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int column = n0 + own + at.row(0, 2 * i);
@@ -139,8 +143,7 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDkv<kD>::kBlocks)
           for (int n = 0; n < kN; ++n) {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-              const int row = at.column(n, j);
-              if (row < first || row > last) r_s[n][2 * i + j] = -INFINITY;
+              if (8 * n + j < first || 8 * n + j > last) r_s[n][2 * i + j] = -INFINITY;
             }
           }
         }
@@ -194,11 +197,14 @@ void attention_bwd_dkv_sm90(const Bwd& p, void* stream) {
     visit_warpgroup_width(p.problem.d, [&](auto width) {
       using T = typename decltype(type)::type;
       constexpr int kD = decltype(width)::kValue;
-      using Tile = WarpgroupDkv<kD>;
-      const int64_t tiles = (p.problem.sk + Tile::kKeys - 1) / Tile::kKeys;
-      launch(attention_bwd_dkv_sm90_kernel<T, kD>,
-             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.hk)), dim3(kWarpgroup),
-             Tile::kSharedBytes, stream, p);
+      visit_bool(has_long_walks(p.problem, p.problem.sq), [&](auto many) {
+        constexpr int kQueries = decltype(many)::kValue ? kMostQueries<kD> : 64;
+        using Tile = WarpgroupDkv<kD, kQueries>;
+        const int64_t tiles = (p.problem.sk + Tile::kKeys - 1) / Tile::kKeys;
+        launch(attention_bwd_dkv_sm90_kernel<T, kD, kQueries>,
+               dim3(grid_size(tiles * elements_of(p.problem) * p.problem.hk)), dim3(kWarpgroup),
+               Tile::kSharedBytes, stream, p);
+      });
     });
   });
 }

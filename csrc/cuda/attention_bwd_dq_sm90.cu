@@ -121,17 +121,16 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
       wgmma_wait<1>();
       hold(r_s);
       if (walk.edge(t)) {
-        const int n0 = walk.at(t);
+        const int first = walk.at(t) + at.column(0, 0);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = m0 + own + at.row(0, 2 * i);
-          const int low = band.low(row) - n0, high = band.high(row) - n0;
+          const int low = band.low(row) - first, high = band.high(row) - first;
 #pragma unroll
           for (int n = 0; n < kN; ++n) {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-              const int column = at.column(n, j);
-              if (column < low || column > high) r_s[n][2 * i + j] = -INFINITY;
+              if (8 * n + j < low || 8 * n + j > high) r_s[n][2 * i + j] = -INFINITY;
             }
           }
         }

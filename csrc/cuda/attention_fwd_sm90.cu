@@ -3,35 +3,42 @@
 //
 // A block is a warpgroup: it takes 64 queries, keeps them in registers and walks the tiles of keys,
 // edges first. The product p v of one tile runs under the softmax of the next; copies are a tile or
-// two ahead. Measured on an H100, causal, d = 128, bf16: 361 TFLOP/s at S = 2048, 441 at 8192 (with
-// 895 instructions a warp and tile it was 249 and 314: copies without a test for each chunk made
-// the difference). Source: Shah et al. 2024,
-// https://arxiv.org/abs/2407.08608 (the overlap within a warpgroup).
+// two ahead. On an H200, causal, d = 128, bf16: 399 TFLOP/s at S = 2048, 490 at 8192 (of 780).
+// Learnt there: what costs is the way from tile to tile, so more keys at once gave 1.11x; a second
+// buffer of scores gave 1.05x, two warpgroups that share their keys 0.82x: they wait for each other.
+// Source: Shah et al. 2024, https://arxiv.org/abs/2407.08608 (the overlap within a warpgroup).
 #include "csrc/cuda/attention_fwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
 
 namespace fastgpt::cuda {
 namespace {
 
-// Blocks of a multiprocessor run at their own pace: one computes its softmax while another
-// multiplies. How many, and how far ahead they copy, as measured on an H100.
+// Keys that are taken at once where there are many of them and no band, outside of which much of a
+// large tile would lie: as many as the registers and the shared memory hold.
 template <int kD>
+constexpr int kMostKeys = kD == 64    ? 96
+                          : kD == 128 ? 112
+                                      : 64;
+
+// Blocks of a multiprocessor run at their own pace: one computes its softmax while another
+// multiplies. How many, and how far ahead they copy, as measured on an H100 and an H200.
+template <int kD, int kTileKeys>
 struct WarpgroupFwd {
-  static constexpr int kBlocks = kD == 96 ? 3 : 2;
-  static constexpr int kStages = kD <= 96 ? 2 : 3;
-  static constexpr int kKeys = 64;
+  static constexpr int kKeys = kTileKeys;
+  static constexpr int kBlocks = kD == 128 ? 2 : kD == 64 && kKeys == 64 ? 4 : 3;
+  static constexpr int kStages = kD == 128 && kKeys == 64 ? 3 : 2;
   using Queries = PanelTile<kGroupRows, kD>;
   using Keys = PanelTile<kKeys, kD>;
-  static_assert(Queries::kElements == Keys::kElements, "queries come in the place of a stage");
+  static_assert(Queries::kElements <= Keys::kElements, "queries come in the place of a stage");
   static constexpr int kSharedBytes = 2 * kStages * Keys::kBytes;
 };
 
-template <typename T, int kD>
-__global__ void __launch_bounds__(kWarpgroup, WarpgroupFwd<kD>::kBlocks)
+template <typename T, int kD, int kKeys>
+__global__ void __launch_bounds__(kWarpgroup, (WarpgroupFwd<kD, kKeys>::kBlocks))
     attention_fwd_sm90_kernel(Fwd p) {
-  using Tile = WarpgroupFwd<kD>;
+  using Tile = WarpgroupFwd<kD, kKeys>;
   using Keys = typename Tile::Keys;
-  constexpr int kKeys = Tile::kKeys, kN = kKeys / 8;
+  constexpr int kN = kKeys / 8;
   FASTGPT_DYNAMIC_SHARED(shared);
   T* s_k = reinterpret_cast<T*>(shared);
   T* s_v = s_k + Tile::kStages * Keys::kElements;
@@ -68,17 +75,16 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupFwd<kD>::kBlocks)
   // Scores become probabilities; r_decay is what the sums before them are multiplied by.
   const auto softmax = [&](int t) {
     if (walk.edge(t)) {
-      const int n0 = walk.at(t);
+      const int first = walk.at(t) + at.column(0, 0);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = m0 + own + at.row(0, 2 * i);
-        const int low = band.low(row) - n0, high = band.high(row) - n0;
+        const int low = band.low(row) - first, high = band.high(row) - first;
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const int column = at.column(n, j);
-            if (column < low || column > high) r_s[n][2 * i + j] = -INFINITY;
+            if (8 * n + j < low || 8 * n + j > high) r_s[n][2 * i + j] = -INFINITY;
           }
         }
       }
@@ -182,11 +188,13 @@ void attention_fwd_sm90(const Fwd& p, void* stream) {
     visit_warpgroup_width(p.problem.d, [&](auto width) {
       using T = typename decltype(type)::type;
       constexpr int kD = decltype(width)::kValue;
-      using Tile = WarpgroupFwd<kD>;
-      const int64_t tiles = (p.problem.sq + kGroupRows - 1) / kGroupRows;
-      launch(attention_fwd_sm90_kernel<T, kD>,
-             dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(kWarpgroup),
-             Tile::kSharedBytes, stream, p);
+      visit_bool(has_long_walks(p.problem, p.problem.sk), [&](auto many) {
+        constexpr int kKeys = decltype(many)::kValue ? kMostKeys<kD> : 64;
+        const int64_t tiles = (p.problem.sq + kGroupRows - 1) / kGroupRows;
+        launch(attention_fwd_sm90_kernel<T, kD, kKeys>,
+               dim3(grid_size(tiles * elements_of(p.problem) * p.problem.h)), dim3(kWarpgroup),
+               WarpgroupFwd<kD, kKeys>::kSharedBytes, stream, p);
+      });
     });
   });
 }

@@ -138,6 +138,12 @@ void visit_warpgroup_type(const AttentionProblem& problem, const F& f) {
   problem.in.q.dtype == DType::bf16 ? f(Type<__nv_bfloat16>{}) : f(Type<__half>{});
 }
 
+// Whether a block walks so many of these rows that it does well to take more of them at once. The
+// longest of packed documents says nothing of another.
+static inline bool has_long_walks(const AttentionProblem& problem, int rows) {
+  return problem.window == 0 && problem.g_cu_seqlens_q == nullptr && rows > 1024;
+}
+
 // f(Constant<width>) with the width of the tiles for heads of d elements.
 template <typename F>
 void visit_warpgroup_width(int d, const F& f) {

@@ -1,22 +1,24 @@
 // One row of a softmax over its columns [begin, end), by the threads along x of a block: read once
-// where it fits the registers, else twice, with a running maximum and sum (online softmax).
+// where it fits the registers or the shared memory, else twice, with a running maximum and sum
+// (online softmax).
 #pragma once
 
 #include "csrc/common/math.h"
 #include "csrc/cuda/anywhere.cuh"
 #include "csrc/cuda/reduce.cuh"
 #include "csrc/cuda/rows.cuh"
+#include "csrc/cuda/staged_rows.cuh"
 
 namespace fastgpt::cuda {
 
 // 2^(x log2 e), of x <= 0.
 __device__ inline float exp_below(float x) {
-  return exp2f(x * kLog2E);
+  return exp2_approx(x * kLog2E);
 }
 
 // The columns of a row of n that are seen, [begin, end), in [first, first + size): whole packs, but
-// for the end of the row.
-template <int kPack>
+// for the end of the row. kAll: all of them.
+template <int kPack, bool kAll = false>
 struct Span {
   int begin, end, first, size;
   __device__ Span(int from, int to, int n) : begin(from), end(to) {
@@ -24,14 +26,18 @@ struct Span {
     size = (end - first + kPack - 1) / kPack * kPack;
     size = size < n - first ? size : n - first;
   }
-  __device__ bool sees(int column) const { return column >= begin && column < end; }
+  // Whether a column is seen that is in the row, or (kOutside) may be outside of it.
+  template <bool kOutside = false>
+  __device__ bool sees(int column) const {
+    return (kAll && !kOutside) || (column >= begin && column < end);
+  }
 };
 
 // y = softmax(scale * x) on the span, of a row in the registers; a row that sees nothing but -inf
 // is all `empty`. s_reduce: kWarp floats.
-template <int kPack, typename T, typename Y>
-__device__ void softmax_short_row(const T* g_x, Span<kPack> span, float scale, float empty, Y* g_y,
-                                  float* s_reduce) {
+template <int kPack, bool kAll, typename T, typename Y>
+__device__ void softmax_short_row(const T* g_x, Span<kPack, kAll> span, float scale, float empty,
+                                  Y* g_y, float* s_reduce) {
   float r_x[kCachedPacks][kPack];
   float top = -INFINITY, sum[1] = {0.0f};
   for_packs<kPack, true>(span.size, [&](int c, int i) {
@@ -62,32 +68,37 @@ __device__ void softmax_short_row(const T* g_x, Span<kPack> span, float scale, f
   });
 }
 
-// The same of a row that is read twice, the second time from its end on, which L1 and L2 still
-// have; then each thread takes the columns that it can store at once.
-template <bool kAnywhere, int kPack, typename T, typename Y>
-__device__ void softmax_long_row(const T* g_x, Span<kPack> span, float scale, float empty, Y* g_y,
-                                 float* s_reduce) {
+// The same with a running maximum and sum, of a row that is kept in shared memory, or (bytes == 0)
+// read twice, the second time from its end on, which L1 and L2 still have; then each thread takes
+// the columns that it can store at once.
+template <bool kAnywhere, int kPack, bool kAll, typename T, typename Y>
+__device__ void softmax_long_row(const T* g_x, Span<kPack, kAll> span, float scale, float empty,
+                                 Y* g_y, unsigned char* s_rows, int bytes, float* s_reduce) {
   constexpr int kGroup = kAnywhere ? 2 : 4;  // two blocks a multiprocessor
   g_x += span.first;
   g_y += span.first;
-  const auto see = [&](int i, float (&r_x)[kPack]) {
+  const StagedRows<1, T> staged({g_x}, span.size, s_rows, bytes);
+  const auto see = [&](int i, float (&r_x)[kPack], auto end) {
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
-      r_x[e] = span.sees(span.first + i + e) ? r_x[e] * scale : -INFINITY;
+      const bool seen = span.template sees<decltype(end)::kValue>(span.first + i + e);
+      r_x[e] = seen ? r_x[e] * scale : -INFINITY;
     }
   };
   float top = -INFINITY, sum[1] = {0.0f};
-  for_groups<kAnywhere, kGroup, false>({g_x}, 0, span.size, [&](int i, auto& r_rows, auto) {
-    float (&r_x)[kPack] = r_rows[0];
-    see(i, r_x);
-    float higher = top;
+  staged.first([&](const T* const(&rows)[1]) {
+    for_groups<kAnywhere, kGroup, false>(rows, 0, span.size, [&](int i, auto& r_rows, auto end) {
+      float (&r_x)[kPack] = r_rows[0];
+      see(i, r_x, end);
+      float higher = top;
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) higher = fmaxf(higher, r_x[e]);
-    const float center = higher == -INFINITY ? 0.0f : higher;
-    sum[0] *= exp_below(top - center);
+      for (int e = 0; e < kPack; ++e) higher = fmaxf(higher, r_x[e]);
+      const float center = higher == -INFINITY ? 0.0f : higher;
+      sum[0] *= exp_below(top - center);
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) sum[0] += exp_below(r_x[e] - center);
-    top = higher;
+      for (int e = 0; e < kPack; ++e) sum[0] += exp_below(r_x[e] - center);
+      top = higher;
+    });
   });
   const float row_top = block_max(top, s_reduce);
   const float center = row_top == -INFINITY ? 0.0f : row_top;
@@ -96,19 +107,21 @@ __device__ void softmax_long_row(const T* g_x, Span<kPack> span, float scale, fl
   const bool hidden = sum[0] == 0.0f;
   const float inverse = hidden ? 0.0f : 1.0f / sum[0], floor = hidden ? empty : 0.0f;
   const int begin = kAnywhere ? -columns_before<kPack>(g_y) : 0;
-  for_groups<kAnywhere, kGroup, true>({g_x}, begin, span.size, [&](int i, auto& r_rows, auto end) {
-    float (&r_x)[kPack] = r_rows[0];
-    see(i, r_x);
+  staged.second([&](const T* const(&rows)[1]) {
+    for_groups<kAnywhere, kGroup, true>(rows, begin, span.size, [&](int i, auto& r_rows, auto end) {
+      float (&r_x)[kPack] = r_rows[0];
+      see(i, r_x, end);
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) r_x[e] = fmaf(exp_below(r_x[e] - center), inverse, floor);
-    decltype(end)::kValue ? store_within(g_y, i, span.size, r_x) : store<kPack>(g_y + i, r_x);
+      for (int e = 0; e < kPack; ++e) r_x[e] = fmaf(exp_below(r_x[e] - center), inverse, floor);
+      decltype(end)::kValue ? store_within(g_y, i, span.size, r_x) : store<kPack>(g_y + i, r_x);
+    });
   });
 }
 
 // dx = scale * y * (dy - sum(dy * y)) on the span, 0 in the rest of its packs.
-template <int kPack, typename Y, typename X>
-__device__ void softmax_short_row_bwd(const Y* g_dy, const Y* g_y, Span<kPack> span, float scale,
-                                      X* g_dx, float* s_reduce) {
+template <int kPack, bool kAll, typename Y, typename X>
+__device__ void softmax_short_row_bwd(const Y* g_dy, const Y* g_y, Span<kPack, kAll> span,
+                                      float scale, X* g_dx, float* s_reduce) {
   // As stored, or a block of 512 threads would not fit the register file twice.
   Pack<Y, kPack> r_dy[kCachedPacks], r_y[kCachedPacks];
   const auto at = [&](const Pack<Y, kPack>& pack, int i, int e) {
@@ -134,50 +147,58 @@ __device__ void softmax_short_row_bwd(const Y* g_dy, const Y* g_y, Span<kPack> s
   });
 }
 
-template <bool kAnywhere, int kSpanPack, typename Y, typename X>
-__device__ void softmax_long_row_bwd(const Y* g_dy, const Y* g_y, Span<kSpanPack> span, float scale,
-                                     X* g_dx, float* s_reduce) {
+template <bool kAnywhere, int kSpanPack, bool kAll, typename Y, typename X>
+__device__ void softmax_long_row_bwd(const Y* g_dy, const Y* g_y, Span<kSpanPack, kAll> span,
+                                     float scale, X* g_dx, unsigned char* s_rows, int bytes,
+                                     float* s_reduce) {
   constexpr int kGroup = kAnywhere ? 1 : 2, kPack = kChunkBytes / sizeof(Y);
   g_dy += span.first;
   g_y += span.first;
   g_dx += span.first;
-  const auto sees = [&](int i) { return span.sees(span.first + i); };
+  const StagedRows<2, Y> staged({g_dy, g_y}, span.size, s_rows, bytes);
   float sum[1] = {0.0f};
-  for_groups<kAnywhere, kGroup, false>({g_dy, g_y}, 0, span.size, [&](int i, auto& r_rows, auto) {
+  staged.first([&](const Y* const(&rows)[2]) {
+    for_groups<kAnywhere, kGroup, false>(rows, 0, span.size, [&](int i, auto& r_rows, auto end) {
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) sum[0] += sees(i + e) ? r_rows[0][e] * r_rows[1][e] : 0.0f;
+      for (int e = 0; e < kPack; ++e) {
+        const bool seen = span.template sees<decltype(end)::kValue>(span.first + i + e);
+        sum[0] += seen ? r_rows[0][e] * r_rows[1][e] : 0.0f;
+      }
+    });
   });
   block_sum(sum, s_reduce);
   const int begin = kAnywhere ? -columns_before<kPack>(g_dx) : 0;
-  for_groups<kAnywhere, kGroup, true>(
-      {g_dy, g_y}, begin, span.size, [&](int i, auto& r_rows, auto end) {
-        float r_dx[kPack];
+  staged.second([&](const Y* const(&rows)[2]) {
+    for_groups<kAnywhere, kGroup, true>(rows, begin, span.size, [&](int i, auto& r_rows, auto end) {
+      float r_dx[kPack];
 #pragma unroll
-        for (int e = 0; e < kPack; ++e) {
-          r_dx[e] = sees(i + e) ? scale * r_rows[1][e] * (r_rows[0][e] - sum[0]) : 0.0f;
-        }
-        decltype(end)::kValue ? store_within(g_dx, i, span.size, r_dx)
-                              : store<kPack>(g_dx + i, r_dx);
-      });
+      for (int e = 0; e < kPack; ++e) {
+        const bool seen = span.template sees<decltype(end)::kValue>(span.first + i + e);
+        r_dx[e] = seen ? scale * r_rows[1][e] * (r_rows[0][e] - sum[0]) : 0.0f;
+      }
+      decltype(end)::kValue ? store_within(g_dx, i, span.size, r_dx) : store<kPack>(g_dx + i, r_dx);
+    });
+  });
 }
 
-template <bool kCached, bool kAnywhere, int kPack, typename T, typename Y>
-__device__ void softmax_row(const T* g_x, Span<kPack> span, float scale, float empty, Y* g_y,
-                            float* s_reduce) {
+// s_rows: `bytes` for each row that is to be kept, if the row does not fit the registers.
+template <bool kCached, bool kAnywhere, int kPack, bool kAll, typename T, typename Y>
+__device__ void softmax_row(const T* g_x, Span<kPack, kAll> span, float scale, float empty, Y* g_y,
+                            unsigned char* s_rows, int bytes, float* s_reduce) {
   if constexpr (kCached) {
     softmax_short_row(g_x, span, scale, empty, g_y, s_reduce);
   } else {
-    softmax_long_row<kAnywhere>(g_x, span, scale, empty, g_y, s_reduce);
+    softmax_long_row<kAnywhere>(g_x, span, scale, empty, g_y, s_rows, bytes, s_reduce);
   }
 }
 
-template <bool kCached, bool kAnywhere, int kPack, typename Y, typename X>
-__device__ void softmax_row_bwd(const Y* g_dy, const Y* g_y, Span<kPack> span, float scale, X* g_dx,
-                                float* s_reduce) {
+template <bool kCached, bool kAnywhere, int kPack, bool kAll, typename Y, typename X>
+__device__ void softmax_row_bwd(const Y* g_dy, const Y* g_y, Span<kPack, kAll> span, float scale,
+                                X* g_dx, unsigned char* s_rows, int bytes, float* s_reduce) {
   if constexpr (kCached) {
     softmax_short_row_bwd(g_dy, g_y, span, scale, g_dx, s_reduce);
   } else {
-    softmax_long_row_bwd<kAnywhere>(g_dy, g_y, span, scale, g_dx, s_reduce);
+    softmax_long_row_bwd<kAnywhere>(g_dy, g_y, span, scale, g_dx, s_rows, bytes, s_reduce);
   }
 }
 

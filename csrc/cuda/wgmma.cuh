@@ -116,16 +116,20 @@ __device__ inline void hold(float (&r)[kN][4]) {
 #define FASTGPT_D96 \
   FASTGPT_D80       \
   ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define FASTGPT_D128 \
+#define FASTGPT_D112 \
   FASTGPT_D96        \
-  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+  ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define FASTGPT_D128 \
+  FASTGPT_D112       \
+  ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define FASTGPT_R1(i) "+f"(r_d[i][0]), "+f"(r_d[i][1]), "+f"(r_d[i][2]), "+f"(r_d[i][3])
 #define FASTGPT_R2(i) FASTGPT_R1(i), FASTGPT_R1((i) + 1)
 #define FASTGPT_R4(i) FASTGPT_R2(i), FASTGPT_R2((i) + 2)
 #define FASTGPT_R64 FASTGPT_R4(0), FASTGPT_R4(4)
 #define FASTGPT_R80 FASTGPT_R64, FASTGPT_R2(8)
 #define FASTGPT_R96 FASTGPT_R80, FASTGPT_R2(10)
-#define FASTGPT_R128 FASTGPT_R96, FASTGPT_R4(12)
+#define FASTGPT_R112 FASTGPT_R96, FASTGPT_R2(12)
+#define FASTGPT_R128 FASTGPT_R112, FASTGPT_R2(14)
 #define FASTGPT_SS_64 "%32, %33"
 #define FASTGPT_SS_64_ADD "%34"
 #define FASTGPT_RS_64 "{%32, %33, %34, %35}, %36"
@@ -138,6 +142,10 @@ __device__ inline void hold(float (&r)[kN][4]) {
 #define FASTGPT_SS_96_ADD "%50"
 #define FASTGPT_RS_96 "{%48, %49, %50, %51}, %52"
 #define FASTGPT_RS_96_ADD "%53"
+#define FASTGPT_SS_112 "%56, %57"
+#define FASTGPT_SS_112_ADD "%58"
+#define FASTGPT_RS_112 "{%56, %57, %58, %59}, %60"
+#define FASTGPT_RS_112_ADD "%61"
 #define FASTGPT_SS_128 "%64, %65"
 #define FASTGPT_SS_128_ADD "%66"
 #define FASTGPT_RS_128 "{%64, %65, %66, %67}, %68"
@@ -171,6 +179,11 @@ __device__ inline void hold(float (&r)[kN][4]) {
       f(96, "bf16", layout);        \
     else                            \
       f(96, "f16", layout);         \
+  } else if constexpr (kN == 112) { \
+    if constexpr (kBf16)            \
+      f(112, "bf16", layout);       \
+    else                            \
+      f(112, "f16", layout);        \
   } else {                          \
     if constexpr (kBf16)            \
       f(128, "bf16", layout);       \
@@ -181,7 +194,7 @@ __device__ inline void hold(float (&r)[kN][4]) {
 
 template <typename T, int kN>
 constexpr bool kMultiplies = (std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>) &&
-                             (kN == 64 || kN == 80 || kN == 96 || kN == 128);
+                             (kN == 64 || kN == 80 || kN == 96 || kN == 112 || kN == 128);
 
 // d (64 x kN) = a (64 x 16) b^T, or gains it: a and b, kN rows, in shared memory.
 template <typename T, int kN>

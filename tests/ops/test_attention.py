@@ -12,6 +12,7 @@ from fastgpt import functional as F
 from fastgpt.backends.reference._philox import dropout_keep
 from tests.attention_in_torch import attend, band
 from tests.contract import (
+    LOW_DTYPES,
     Case,
     Inputs,
     OpSpec,
@@ -65,6 +66,7 @@ def case(
     dropout_p: float = 0.0,
     lse: bool = False,
     peak: float = 1.0,
+    dtypes: tuple[torch.dtype, ...] = LOW_DTYPES,
 ) -> Case:
     """q (b, h, sq, d) and k, v (b, hk, sk, d); `peak` scales the scores."""
 
@@ -89,8 +91,10 @@ def case(
             "return_lse": lse,
         }
 
-    return Case(id, make, hidden if pad else None)
+    return Case(id, make, hidden if pad else None, dtypes=dtypes)
 
+
+HALVES = (torch.bfloat16, torch.float16)
 
 CASES = (
     case("one_key", 1, 1, 1, 1, 1, 16),
@@ -133,6 +137,10 @@ CASES = (
     case("head_dim_of_gpt3_large", 1, 2, 2, 70, 70, 96),
     case("head_dim_of_gpt3_xl", 1, 2, 2, 70, 70, 128, window=40),
     case("head_dim_256", 1, 1, 1, 40, 40, 256),
+    # where kernels for tensor cores take larger tiles
+    case("many_keys", 1, 1, 1, 70, 1100, 64, lse=True, dtypes=HALVES),
+    case("many_keys_of_gpt3_xl", 1, 1, 1, 33, 1061, 128, dtypes=HALVES),
+    case("many_queries", 1, 2, 1, 1040, 70, 64, causal=False, dtypes=HALVES),
 )  # fmt: skip
 
 
