@@ -72,19 +72,25 @@ tensor cores (HMMA; HGMMA of warpgroups), ldmatrix (LDSM), cp.async (LDGSTS). `|
 alternatives.
 """
 
-FIRST_FACTORS = {
-    "attention_fwd_sm90_kernel": lambda d, keys: {"invariant": d // 16, "carried": keys // 16},
+PRODUCT_LOOPS = {
+    "attention_fwd_sm90_kernel": lambda d, keys: {
+        "invariant": d // 16,
+        "carried": keys // 16,
+        "waits": 2,
+    },
     "attention_bwd_dkv_sm90_kernel": lambda d, queries: {
         "shared": 2 * d // 16,
         "fresh": 2 * queries // 16,
+        "waits": 3,
     },
     "attention_bwd_dq_sm90_kernel": lambda d: {
         "shared" if d == 64 else "invariant": 2 * d // 16,
         "fresh": 4,
+        "waits": 2,
     },
 }
 """Kernel for warpgroups -> of its head_dim, and the rows that it takes at once if they differ ->
-where the products of its loop take their first factors.
+where the products of its loop take their first factors, and the waits in the loop.
 """
 
 SOURCES = [  # that have kernels
@@ -161,14 +167,14 @@ def test_instructions_are_those_that_are_claimed(
             assert not lacking, f"{kernel.name} for {kernel.arch} lacks {lacking}"
 
 
-def test_first_factors_of_a_warpgroup_are_not_overwritten(kernels: list[Kernel]) -> None:
-    named = {k.symbol: k for k in kernels if k.family in FIRST_FACTORS}
-    assert {k.family for k in named.values()} == set(FIRST_FACTORS)
-    found = warpgroup_products.first_factors("sm_90a")
+def test_factors_are_not_overwritten_and_products_overlap(kernels: list[Kernel]) -> None:
+    named = {k.symbol: k for k in kernels if k.family in PRODUCT_LOOPS}
+    assert {k.family for k in named.values()} == set(PRODUCT_LOOPS)
+    found = warpgroup_products.product_loops("sm_90a")
     assert found.keys() == named.keys()
     for symbol, kernel in named.items():
         sizes = [int(size) for size in re.findall(r", (\d+)", kernel.name)]
-        wanted = FIRST_FACTORS[kernel.family](*sizes)
+        wanted = PRODUCT_LOOPS[kernel.family](*sizes)
         assert found[symbol] == wanted, kernel.name
 
 
@@ -181,8 +187,9 @@ def test_an_overwritten_factor_is_seen() -> None:
         "F2FP.BF16.F32.PACK_AB R130, R57, R60",
         product.format(128),
         "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
     ]
-    assert warpgroup_products.kinds(loop) == {"invariant": 2, "fresh": 1, "shared": 1}
+    assert warpgroup_products.kinds(loop) == {"invariant": 2, "fresh": 1, "shared": 1, "waits": 1}
     loop[3] = loop[3].replace("R130", "R125")
     assert warpgroup_products.kinds(loop)["carried"] == 1
 

@@ -97,14 +97,15 @@ def calls(op: str, target: str, every: bool) -> Iterator[Call]:
     if larger and (every or op != "varlen_attention"):
         heads += [(BF16, 64, None)]
     if every:
-        heads += [(BF16, 80, None), (BF16, 96, None), (BF16, 128, None), (F16, 64, None)]
-        heads += [(BF16, 256, None), (F32, 64, None), (F32, 128, 256)]
+        heads += [(BF16, 128, None), (BF16, 256, None), (F32, 64, None)]
+    if every and op != "varlen_attention":  # whose tiles are those of attention
+        heads += [(BF16, 80, None), (BF16, 96, None), (F16, 64, None), (F32, 128, 256)]
     for dtype, d, window in heads:
         name = f"{SHORT[dtype]} d={d} {'dense' if window is None else 'window'}"
         run = functools.partial(HEADS[op], d, dtype, window)
         yield Call(name, run, may_spill=dtype == F32 or d > 128)
     if op == "attention" and every:
-        for d in (64, 96, 128):
+        for d in (64, 128):
             yield Call(f"bf16 d={d} bias", functools.partial(biased_attention, d, BF16))
             yield Call(f"bf16 d={d} laden", functools.partial(laden_attention, d, BF16))
 

@@ -4,7 +4,8 @@ A product (HGMMA) reads its first factor from shared memory or from registers. I
 kernel registers are `invariant` (written before the loop alone), `fresh` (written in each round
 before the product) or `carried` (written in a round after it, for the next). A source says how many
 of each it has; nvcc 13.0 has been seen to give an invariant factor registers that the loop writes,
-which makes it look carried, and the results wrong from the second round on.
+which makes it look carried, and the results wrong from the second round on. And how many `waits` a
+round has: where ptxas does not understand how products overlap, it adds one after each.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ def written(instruction: str) -> range:
 
 
 def kinds(loop: Sequence[str]) -> Counter[str]:
-    """How many products of a loop take their first factor from where."""
+    """How many products of a loop take their first factor from where, and how many waits it has."""
     writes = [set(written(instruction)) for instruction in loop]
     found: Counter[str] = Counter()
     for at, instruction in enumerate(loop):
+        found["waits"] += "WARPGROUP.DEPBAR" in instruction
         if "HGMMA" not in instruction:
             continue
         factor = re.search(r"HGMMA\S* R\d+, R(\d+), gdesc", instruction)
@@ -54,7 +56,7 @@ def kinds(loop: Sequence[str]) -> Counter[str]:
         rounds = [i for i, changed in enumerate(writes) if changed & registers]
         before = any(i < at for i in rounds)
         found["invariant" if not rounds else "fresh" if before else "carried"] += 1
-    return found
+    return +found
 
 
 def largest_loop(code: Sequence[tuple[int, str]]) -> list[str]:
@@ -70,8 +72,8 @@ def largest_loop(code: Sequence[tuple[int, str]]) -> list[str]:
     return max(loops, key=len, default=[])
 
 
-def first_factors(arch: str, *files: Path) -> dict[str, Counter[str]]:
-    """symbol -> where the products of its loop take their first factors, of each that has any."""
+def product_loops(arch: str, *files: Path) -> dict[str, Counter[str]]:
+    """symbol -> the kinds of its loop, of each kernel that has one with products."""
     code: dict[str, list[tuple[int, str]]] = defaultdict(list)
     symbol = ""
     for _, line in cuda_resources.lines(files, "-arch", arch, "-sass"):

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kCached ? 1 : 2)
   X* g_dscores = query_row<X>(p.dscores, row);
   clear_hidden(g_dscores, keys, static_cast<int>(sk));
   softmax_row_bwd<kCached, kAnywhere>(query_row<const Y>(p.dy, row), query_row<const Y>(p.y, row),
-                                      keys, p.scale, g_dscores, nullptr, 0, s_reduce);
+                                      keys, p.scale, g_dscores, s_reduce);
 }
 
 // A matrix of rows for the plan: its rows must be aligned, and so must the step between matrices.

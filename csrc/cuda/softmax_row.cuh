@@ -7,7 +7,7 @@
 #include "csrc/cuda/anywhere.cuh"
 #include "csrc/cuda/reduce.cuh"
 #include "csrc/cuda/rows.cuh"
-#include "csrc/cuda/staged_rows.cuh"
+#include "csrc/cuda/staged_row.cuh"
 
 namespace fastgpt::cuda {
 
@@ -73,11 +73,11 @@ __device__ void softmax_short_row(const T* g_x, Span<kPack, kAll> span, float sc
 // the columns that it can store at once.
 template <bool kAnywhere, int kPack, bool kAll, typename T, typename Y>
 __device__ void softmax_long_row(const T* g_x, Span<kPack, kAll> span, float scale, float empty,
-                                 Y* g_y, unsigned char* s_rows, int bytes, float* s_reduce) {
+                                 Y* g_y, unsigned char* s_row, int bytes, float* s_reduce) {
   constexpr int kGroup = kAnywhere ? 2 : 4;  // two blocks a multiprocessor
   g_x += span.first;
   g_y += span.first;
-  const StagedRows<1, T> staged({g_x}, span.size, s_rows, bytes);
+  const StagedRow<T> staged(g_x, span.size, s_row, bytes);
   const auto see = [&](int i, float (&r_x)[kPack], auto end) {
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
@@ -86,8 +86,8 @@ __device__ void softmax_long_row(const T* g_x, Span<kPack, kAll> span, float sca
     }
   };
   float top = -INFINITY, sum[1] = {0.0f};
-  staged.first([&](const T* const(&rows)[1]) {
-    for_groups<kAnywhere, kGroup, false>(rows, 0, span.size, [&](int i, auto& r_rows, auto end) {
+  staged.first([&](const T* row) {
+    for_groups<kAnywhere, kGroup, false>({row}, 0, span.size, [&](int i, auto& r_rows, auto end) {
       float (&r_x)[kPack] = r_rows[0];
       see(i, r_x, end);
       float higher = top;
@@ -107,14 +107,15 @@ __device__ void softmax_long_row(const T* g_x, Span<kPack, kAll> span, float sca
   const bool hidden = sum[0] == 0.0f;
   const float inverse = hidden ? 0.0f : 1.0f / sum[0], floor = hidden ? empty : 0.0f;
   const int begin = kAnywhere ? -columns_before<kPack>(g_y) : 0;
-  staged.second([&](const T* const(&rows)[1]) {
-    for_groups<kAnywhere, kGroup, true>(rows, begin, span.size, [&](int i, auto& r_rows, auto end) {
-      float (&r_x)[kPack] = r_rows[0];
-      see(i, r_x, end);
+  staged.second([&](const T* row) {
+    for_groups<kAnywhere, kGroup, true>(
+        {row}, begin, span.size, [&](int i, auto& r_rows, auto end) {
+          float (&r_x)[kPack] = r_rows[0];
+          see(i, r_x, end);
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) r_x[e] = fmaf(exp_below(r_x[e] - center), inverse, floor);
-      decltype(end)::kValue ? store_within(g_y, i, span.size, r_x) : store<kPack>(g_y + i, r_x);
-    });
+          for (int e = 0; e < kPack; ++e) r_x[e] = fmaf(exp_below(r_x[e] - center), inverse, floor);
+          decltype(end)::kValue ? store_within(g_y, i, span.size, r_x) : store<kPack>(g_y + i, r_x);
+        });
   });
 }
 
@@ -149,56 +150,54 @@ __device__ void softmax_short_row_bwd(const Y* g_dy, const Y* g_y, Span<kPack, k
 
 template <bool kAnywhere, int kSpanPack, bool kAll, typename Y, typename X>
 __device__ void softmax_long_row_bwd(const Y* g_dy, const Y* g_y, Span<kSpanPack, kAll> span,
-                                     float scale, X* g_dx, unsigned char* s_rows, int bytes,
-                                     float* s_reduce) {
+                                     float scale, X* g_dx, float* s_reduce) {
   constexpr int kGroup = kAnywhere ? 1 : 2, kPack = kChunkBytes / sizeof(Y);
   g_dy += span.first;
   g_y += span.first;
   g_dx += span.first;
-  const StagedRows<2, Y> staged({g_dy, g_y}, span.size, s_rows, bytes);
+  const auto sees = [&](int i, auto end) {
+    return span.template sees<decltype(end)::kValue>(span.first + i);
+  };
   float sum[1] = {0.0f};
-  staged.first([&](const Y* const(&rows)[2]) {
-    for_groups<kAnywhere, kGroup, false>(rows, 0, span.size, [&](int i, auto& r_rows, auto end) {
+  for_groups<kAnywhere, kGroup, false>(
+      {g_dy, g_y}, 0, span.size, [&](int i, auto& r_rows, auto end) {
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        const bool seen = span.template sees<decltype(end)::kValue>(span.first + i + e);
-        sum[0] += seen ? r_rows[0][e] * r_rows[1][e] : 0.0f;
-      }
-    });
-  });
+        for (int e = 0; e < kPack; ++e) {
+          sum[0] += sees(i + e, end) ? r_rows[0][e] * r_rows[1][e] : 0.0f;
+        }
+      });
   block_sum(sum, s_reduce);
   const int begin = kAnywhere ? -columns_before<kPack>(g_dx) : 0;
-  staged.second([&](const Y* const(&rows)[2]) {
-    for_groups<kAnywhere, kGroup, true>(rows, begin, span.size, [&](int i, auto& r_rows, auto end) {
-      float r_dx[kPack];
+  for_groups<kAnywhere, kGroup, true>(
+      {g_dy, g_y}, begin, span.size, [&](int i, auto& r_rows, auto end) {
+        float r_dx[kPack];
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        const bool seen = span.template sees<decltype(end)::kValue>(span.first + i + e);
-        r_dx[e] = seen ? scale * r_rows[1][e] * (r_rows[0][e] - sum[0]) : 0.0f;
-      }
-      decltype(end)::kValue ? store_within(g_dx, i, span.size, r_dx) : store<kPack>(g_dx + i, r_dx);
-    });
-  });
+        for (int e = 0; e < kPack; ++e) {
+          r_dx[e] = sees(i + e, end) ? scale * r_rows[1][e] * (r_rows[0][e] - sum[0]) : 0.0f;
+        }
+        decltype(end)::kValue ? store_within(g_dx, i, span.size, r_dx)
+                              : store<kPack>(g_dx + i, r_dx);
+      });
 }
 
-// s_rows: `bytes` for each row that is to be kept, if the row does not fit the registers.
+// s_row: `bytes` to keep a row that does not fit the registers; none if it is not to be kept.
 template <bool kCached, bool kAnywhere, int kPack, bool kAll, typename T, typename Y>
 __device__ void softmax_row(const T* g_x, Span<kPack, kAll> span, float scale, float empty, Y* g_y,
-                            unsigned char* s_rows, int bytes, float* s_reduce) {
+                            unsigned char* s_row, int bytes, float* s_reduce) {
   if constexpr (kCached) {
     softmax_short_row(g_x, span, scale, empty, g_y, s_reduce);
   } else {
-    softmax_long_row<kAnywhere>(g_x, span, scale, empty, g_y, s_rows, bytes, s_reduce);
+    softmax_long_row<kAnywhere>(g_x, span, scale, empty, g_y, s_row, bytes, s_reduce);
   }
 }
 
 template <bool kCached, bool kAnywhere, int kPack, bool kAll, typename Y, typename X>
 __device__ void softmax_row_bwd(const Y* g_dy, const Y* g_y, Span<kPack, kAll> span, float scale,
-                                X* g_dx, unsigned char* s_rows, int bytes, float* s_reduce) {
+                                X* g_dx, float* s_reduce) {
   if constexpr (kCached) {
     softmax_short_row_bwd(g_dy, g_y, span, scale, g_dx, s_reduce);
   } else {
-    softmax_long_row_bwd<kAnywhere>(g_dy, g_y, span, scale, g_dx, s_rows, bytes, s_reduce);
+    softmax_long_row_bwd<kAnywhere>(g_dy, g_y, span, scale, g_dx, s_reduce);
   }
 }
 
