@@ -5,7 +5,8 @@
 // edges first. The product p v of one tile runs under the softmax of the next; copies are a tile or
 // two ahead. On an H200, causal, d = 128, bf16: 399 TFLOP/s at S = 2048, 490 at 8192 (of 780).
 // Learnt there: what costs is the way from tile to tile, so more keys at once gave 1.11x; a second
-// buffer of scores gave 1.05x, two warpgroups that share their keys 0.82x: they wait for each other.
+// buffer of scores gave 1.05x, two warpgroups that share their keys 0.82x, as they wait for each
+// other.
 // Source: Shah et al. 2024, https://arxiv.org/abs/2407.08608 (the overlap within a warpgroup).
 #include "csrc/cuda/attention_fwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
