@@ -11,14 +11,13 @@
 namespace fastgpt::cuda {
 namespace {
 
-// Queries that are taken at once where there are many of them: as many as the registers hold.
+// Queries that are taken at once in long walks: as many as the registers hold.
 template <int kD>
 constexpr int kMostQueries = kD == 64 ? 96 : 64;
 
-template <int kD, int kTileQueries>
+template <int kD, int kQueries>
 struct WarpgroupDkv {
   static constexpr int kBlocks = 2;  // of a multiprocessor, each at its own pace
-  static constexpr int kQueries = kTileQueries;
   static constexpr int kStages = 2;
   static constexpr int kKeys = kGroupRows;
   using Keys = PanelTile<kKeys, kD>;

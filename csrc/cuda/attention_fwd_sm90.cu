@@ -14,8 +14,7 @@
 namespace fastgpt::cuda {
 namespace {
 
-// Keys that are taken at once where there are many of them and no band, outside of which much of a
-// large tile would lie: as many as the registers and the shared memory hold.
+// Keys that are taken at once in long walks: as many as the registers and the shared memory hold.
 template <int kD>
 constexpr int kMostKeys = kD == 64    ? 96
                           : kD == 128 ? 112
@@ -23,9 +22,8 @@ constexpr int kMostKeys = kD == 64    ? 96
 
 // Blocks of a multiprocessor run at their own pace: one computes its softmax while another
 // multiplies. How many, and how far ahead they copy, as measured on an H100 and an H200.
-template <int kD, int kTileKeys>
+template <int kD, int kKeys>
 struct WarpgroupFwd {
-  static constexpr int kKeys = kTileKeys;
   static constexpr int kBlocks = kD == 128 ? 2 : kD == 64 && kKeys == 64 ? 4 : 3;
   static constexpr int kStages = kD == 128 && kKeys == 64 ? 3 : 2;
   using Queries = PanelTile<kGroupRows, kD>;

@@ -138,8 +138,9 @@ void visit_warpgroup_type(const AttentionProblem& problem, const F& f) {
   problem.in.q.dtype == DType::bf16 ? f(Type<__nv_bfloat16>{}) : f(Type<__half>{});
 }
 
-// Whether a block walks so many of these rows that it does well to take more of them at once. The
-// longest of packed documents says nothing of another.
+// Whether a block walks so many of `rows` that it does well to take more of them at once; of a band
+// much of a large tile would lie outside. The bits of a packed document must not depend on the
+// longest beside it.
 static inline bool has_long_walks(const AttentionProblem& problem, int rows) {
   return problem.window == 0 && problem.g_cu_seqlens_q == nullptr && rows > 1024;
 }

@@ -172,6 +172,8 @@ void check_all_registers() {
   check_registers<T, 96>();
   check_registers<T, 128>();
   check_registers<T, 64, true>();
+  check_registers<T, 96, true>();
+  check_registers<T, 112, true>();
   check_registers<T, 128, true>();
 }
 
@@ -179,11 +181,13 @@ const Register products[] = {
     {"wgmma of bfloat16 in shared memory",
      [] {
        check_shared<__nv_bfloat16, 64>();
+       check_shared<__nv_bfloat16, 96>();
        check_shared<__nv_bfloat16, 128>();
      }},
     {"wgmma of float16 in shared memory",
      [] {
        check_shared<__half, 64>();
+       check_shared<__half, 96>();
        check_shared<__half, 128>();
      }},
     {"wgmma of bfloat16 in registers", check_all_registers<__nv_bfloat16>},

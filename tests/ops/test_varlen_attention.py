@@ -73,6 +73,7 @@ CASES = (
     case("all_keys", ((20, 33), (6, 6)), causal=False),
     case("unused_tail", ((12, 12), (9, 9)), unused=5, lse=True),
     case("head_dim_of_gpt3_xl", ((40, 40), (25, 25)), d=128, scale=0.05),
+    case("long_one_beside", ((20, 150), (9, 1100)), h=1, hk=1, d=64, lse=True),
 )
 
 
@@ -159,7 +160,7 @@ SPEC = OpSpec(
     gradients=("q", "k", "v"),
     cases=CASES,
     rows=Rows(
-        ("prime_lengths", "window"),
+        ("prime_lengths", "window", "long_one_beside"),
         lambda inputs: len(inputs["cu_seqlens_q"]) - 1,
         of_inputs,
         of_result,
