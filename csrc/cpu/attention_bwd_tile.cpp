@@ -200,7 +200,7 @@ void pack_unit(const Head& head, KeyRange keys, const UnitKeys& to) {
   const KeyRange whole = whole_pairs(keys);
   pack_key_row_pairs(head, head.k, whole, keys, to.k + at, step);
   pack_key_row_pairs(head, head.v, whole, keys, to.v + at, step);
-  interleave_rows(to.k + at, step, static_cast<int>(whole.end - whole.begin) / 2, head.d,
+  interleave_rows({to.k + at, 2 * step, 0}, 0, static_cast<int>(whole.end - whole.begin), head.d,
                   to.k_pairs + at / 2, step);
 }
 

@@ -178,10 +178,10 @@ void attend_tiles(const Head& head, const HeadOut& to, int64_t q0, int tiles, fl
     if (all.begin >= all.end) continue;
     if (uses_pairs(head)) {
       const KeyRange whole = whole_pairs(all);
-      const int pairs = static_cast<int>(whole.end - whole.begin) / 2;
       pack_key_row_pairs(head, head.k, whole, all, k_copy, step);
       pack_key_row_pairs(head, head.v, whole, all, v_rows, step);
-      interleave_rows(v_rows, step, pairs, head.d, v_copy, step);
+      interleave_rows({v_rows, 2 * step, 0}, 0, static_cast<int>(whole.end - whole.begin), head.d,
+                      v_copy, step);
       for (int t = 0; t < n; ++t) {
         const KeyRange keys = keys_of_block(head, group[t].q0, group[t].nq, block);
         if (keys.begin >= keys.end) continue;

@@ -35,13 +35,20 @@ void pack_key_row_pairs(const Head& head, const Rows& rows, KeyRange keys, KeyRa
   }
 }
 
-void interleave_rows(const float* rows, int64_t row_step, int n, int d, float* out, int64_t step) {
-  for (int p = 0; p < n; ++p) {
-    const Half* __restrict low = reinterpret_cast<const Half*>(rows + 2 * p * row_step);
-    const Half* __restrict high = reinterpret_cast<const Half*>(rows + (2 * p + 1) * row_step);
+void interleave_rows(const Rows& rows, int64_t first, int n, int d, float* out, int64_t step) {
+  const auto row = [&](int i) {
+    return reinterpret_cast<const Half*>(row_at(rows, DType::bf16, first + i));
+  };
+  for (int p = 0; p < n / 2; ++p) {
+    const Half* __restrict low = row(2 * p);
+    const Half* __restrict high = row(2 * p + 1);
     Pair* __restrict to = reinterpret_cast<Pair*>(out + p * step);
     for (int c = 0; c < d; ++c) to[c] = low[c] | uint32_t{high[c]} << 16;
   }
+  if (n % 2 == 0) return;
+  const Half* __restrict last = row(n - 1);
+  Pair* __restrict to = reinterpret_cast<Pair*>(out + n / 2 * step);
+  for (int c = 0; c < d; ++c) to[c] = last[c];
 }
 
 void round_column_pairs(const float* x, int n, int columns, float* out) {

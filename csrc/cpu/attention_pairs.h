@@ -33,8 +33,8 @@ void pack_row_pairs(const Rows& rows, int64_t first, int n, int d, float* out, i
 void pack_key_row_pairs(const Head& head, const Rows& rows, KeyRange keys, KeyRange real,
                         float* out, int64_t step);
 
-// Rows (2 n, ...) in pairs along d -> out (n, d) in pairs of rows.
-void interleave_rows(const float* rows, int64_t row_step, int n, int d, float* out, int64_t step);
+// bf16 rows (n, d) -> out (pairs_of(n), d) in pairs of rows, an odd n padded with a row of 0.
+void interleave_rows(const Rows& rows, int64_t first, int n, int d, float* out, int64_t step);
 
 // x (n, columns) floats, an even number of them, rounded to bf16 -> out (n, columns / 2) in pairs
 // along the row; out may be x.

@@ -58,17 +58,19 @@ FASTGPT_INLINE Vec gelu_derivative(Vec z) {
 template <typename T, bool kTanh>
 void forward(const BiasGeluFwd& p) {
   const int64_t r = p.x.size[0], n = p.x.size[1];
-  const FloatParameter biases(p.bias, 0.0f, n);
+  const FloatParameter biases(p.bias, 0.0f, n, kSplits<T>);
   const float* bias = biases.data();
   const bool streaming = streams(p.y);
   parallel_for(r, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = row_of<T>(p.x, row);
       T* y = row_of<T>(p.y, row);
-      for_vectors(n, [&](int64_t i, int lanes) {
-        const Vec z = load_lanes(x + i, lanes) + load_lanes(bias + i, lanes);
-        store_lanes(y + i, gelu<kTanh>(z), lanes, streaming);
-      });
+      map_vectors<kSplits<T>>(
+          n, y, streaming,
+          [&](int64_t i, int lanes, Vec x_at) {
+            return gelu<kTanh>(x_at + load_lanes(bias + i, lanes));
+          },
+          NothingAhead{}, x);
     }
     stream_fence();
   });
@@ -81,7 +83,7 @@ void backward(const BiasGeluBwd& p) {
   const int64_t balanced = (r + kMaxChunks - 1) / kMaxChunks;
   const int64_t chunk_rows = balanced < kMinChunkRows ? kMinChunkRows : balanced;
   const int64_t chunks = (r + chunk_rows - 1) / chunk_rows;
-  const FloatParameter biases(p.bias, 0.0f, n);
+  const FloatParameter biases(p.bias, 0.0f, n, kSplits<T>);
   const float* bias = biases.data();
   const Scratch scratch((p.dbias ? chunks : 0) * n * sizeof(float));
   float* partial = scratch.at();
@@ -95,17 +97,23 @@ void backward(const BiasGeluBwd& p) {
         const T* x = row_of<T>(p.x, row);
         const T* dy = row_of<T>(p.dy, row);
         T* dx = row_of<T>(p.dx, row);
-        for_vectors(n, [&](int64_t i, int lanes) {
-          const Vec z = load_lanes(x + i, lanes) + load_lanes(bias + i, lanes);
-          const Vec dz = load_lanes(dy + i, lanes) * gelu_derivative<kTanh>(z);
-          store_lanes(dx + i, dz, lanes, streaming);
-          if (dbias != nullptr) store_lanes(dbias + i, load_lanes(dbias + i, lanes) + dz, lanes);
-        });
+        map_vectors<kSplits<T>>(
+            n, dx, streaming,
+            [&](int64_t i, int lanes, Vec x_at, Vec dy_at) {
+              const Vec z = x_at + load_lanes(bias + i, lanes);
+              const Vec dz = dy_at * gelu_derivative<kTanh>(z);
+              if (dbias != nullptr) {
+                store_lanes(dbias + i, load_lanes(dbias + i, lanes) + dz, lanes);
+              }
+              return dz;
+            },
+            NothingAhead{}, x, dy);
       }
     }
     stream_fence();
   });
   if (!p.dbias) return;
+  float* sums = static_cast<float*>(p.dbias.data);
   parallel_for(n, kGrainElements / (chunks + 1) + 1, [&](int64_t begin, int64_t end) {
     for_vectors(end - begin, [&](int64_t i, int lanes) {
       Vec sum = zero();
@@ -116,9 +124,10 @@ void backward(const BiasGeluBwd& p) {
         }
         sum = sum + part;
       }
-      store_lanes(static_cast<float*>(p.dbias.data) + begin + i, sum, lanes);
+      store_lanes(sums + begin + i, sum, lanes);
     });
   });
+  if (kSplits<T>) reorder_pairs(sums, n, false);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ void absorb_row(const T* x, int64_t n, bool smooth, const float* weight, CrossEn
     const int64_t size = n - first < kRowBlock ? n - first : kRowBlock;
     const T* block = x + first;
     const float block_top =
-        max_vectors(size, [&](int64_t i, int lanes) { return load_lanes(block + i, lanes); });
+        max_vectors<kSplits<T>>(size, [](int64_t, int, Vec x_at) { return x_at; }, block);
     if (block_top > row.top) {
       row.sum *= exp_below(row.top - block_top);
       row.top = block_top;
@@ -51,20 +51,24 @@ void absorb_row(const T* x, int64_t n, bool smooth, const float* weight, CrossEn
     // -inf - -inf would be NaN; against 0 such logits count as 0
     const float offset = row.top == -kInfinity ? 0.0f : row.top;
     const Vec shift = set1(offset);
-    row.sum += sum_vectors(size, [&](int64_t i, int lanes) {
-      return exp_below(load_lanes(block + i, lanes) - shift);
-    });
+    row.sum += sum_vectors<kSplits<T>>(
+        size, [&](int64_t, int, Vec x_at) { return exp_below(x_at - shift); }, NothingAhead{},
+        block);
     if (!smooth) continue;
     // relative to the offset, so that logits far from 0 lose no digits
     double total = static_cast<double>(size);
     if (weight != nullptr) {
-      total = sum_vectors(
-          size, [&](int64_t i, int lanes) { return load_lanes(weight + first + i, lanes); });
+      total = sum_vectors<false>(
+          size, [](int64_t, int, Vec weight_at) { return weight_at; }, NothingAhead{},
+          weight + first);
     }
-    const double relative = sum_vectors(size, [&](int64_t i, int lanes) {
-      const Vec distance = load_lanes(block + i, lanes) - shift;
-      return weight == nullptr ? distance : distance * load_lanes(weight + first + i, lanes);
-    });
+    const double relative = sum_vectors<false>(
+        size,
+        [&](int64_t i, int lanes, Vec x_at) {
+          const Vec distance = x_at - shift;
+          return weight == nullptr ? distance : distance * load_lanes(weight + first + i, lanes);
+        },
+        NothingAhead{}, block);
     row.weighted += relative + total * offset;
   }
 }
@@ -98,23 +102,22 @@ struct SplitLse {
       : high(static_cast<float>(lse)), low(static_cast<float>(lse - high)) {}
 };
 
-template <typename T, bool kSmooth>
+// dx may be where x is.
+template <typename T, typename X, bool kSmooth>
 void backward_row(const T* x, int64_t n, SplitLse lse, float of_p, float of_weight,
-                  const float* weight, T* dx) {
+                  const float* weight, X* dx) {
   const Vec high = set1(lse.high), low = set1(lse.low);
   const Vec factor = set1(of_p), constant = set1(-of_weight);
-  for_vectors(n, [&](int64_t i, int lanes) {
-    const Vec p = exp_below((load_lanes(x + i, lanes) - high) - low);
-    Vec d = p * factor;
-    if (kSmooth) {
-      const Vec w = weight == nullptr ? set1(1.0f) : load_lanes(weight + i, lanes);
-      d = fma(w, constant, d);
-    }
-    store_lanes(dx + i, d, lanes);
-  });
+  const auto gradient = [&](int64_t i, int lanes, Vec x_at) {
+    const Vec d = exp_below((x_at - high) - low) * factor;
+    if (!kSmooth) return d;
+    return fma(weight == nullptr ? set1(1.0f) : load_lanes(weight + i, lanes), constant, d);
+  };
+  constexpr bool kSplit = kSplits<T, X> && !kSmooth;  // the weights are in order
+  map_vectors<kSplit>(n, dx, false, gradient, NothingAhead{}, x);
 }
 
-template <typename T, bool kSmooth>
+template <typename T, typename X, bool kSmooth>
 void backward(const CrossEntropyBwd& p) {
   const int64_t r = p.x.size[0], n = p.x.size[1];
   const CrossEntropyOptions& o = p.options;
@@ -126,15 +129,16 @@ void backward(const CrossEntropyBwd& p) {
   parallel_for(r, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* x = row_of<T>(p.x, i);
-      T* dx = row_of<T>(p.dx, i);
+      X* dx = row_of<X>(p.dx, i);
       const int64_t target = target_of(p.target, i);
       if (target == o.ignore_index) {
-        std::memset(dx, 0, n * sizeof(T));
+        std::memset(dx, 0, n * sizeof(X));
         continue;
       }
       const float* dloss = static_cast<const float*>(p.dloss.data);
       double g = o.reduction == Reduction::none ? dloss[i] : dloss[0];
       if (o.reduction == Reduction::mean) g /= static_cast<const float*>(p.weight_sum.data)[0];
+      if (g != g) g = __builtin_nanf("");  // one that store_split takes
       const SplitLse lse(static_cast<const double*>(p.lse.data)[i]);
       const double picked_weight = hard * weight_of(p.weight, target);
       const float of_p = static_cast<float>(g * (picked_weight + soft * all));
@@ -142,11 +146,11 @@ void backward(const CrossEntropyBwd& p) {
       const int64_t j = target - p.first_class;
       const bool here = j >= 0 && j < n;
       const float picked = here ? to_float(x[j]) : 0.0f;  // before dx, which may be x, is written
-      backward_row<T, kSmooth>(x, n, lse, of_p, of_weight, weight, dx);
+      backward_row<T, X, kSmooth>(x, n, lse, of_p, of_weight, weight, dx);
       if (here) {
         const float others = exp_below((picked - lse.high) - lse.low) * of_p -
                              of_weight * weight_of(p.weight, target);
-        dx[j] = from_float<T>(others - static_cast<float>(g * picked_weight));
+        dx[j] = from_float<X>(others - static_cast<float>(g * picked_weight));
       }
     }
   });
@@ -198,7 +202,11 @@ void cross_entropy_finish_kernel(const CrossEntropyFinish& p) {
 void cross_entropy_bwd_kernel(const CrossEntropyBwd& p) {
   visit_dtype<bf16, f16>(p.x.dtype, [&](auto x) {
     using T = typename decltype(x)::type;
-    p.options.label_smoothing > 0.0 ? backward<T, true>(p) : backward<T, false>(p);
+    const bool smooth = p.options.label_smoothing > 0.0;
+    if (p.dx.dtype == p.x.dtype) {
+      return smooth ? backward<T, T, true>(p) : backward<T, T, false>(p);
+    }
+    return smooth ? backward<float, bf16, true>(p) : backward<float, bf16, false>(p);
   });
 }
 

@@ -75,6 +75,9 @@ void cross_entropy_bwd(const CrossEntropyBwd& p) {
 void matrix_product(const MatrixProduct& p) {
   active().matrix_product(p);
 }
+bool multiplies_bf16() {
+  return isa_level() == IsaLevel::v4_bf16;
+}
 void add_column_sums(const AddColumnSums& p) {
   active().add_column_sums(p);
 }

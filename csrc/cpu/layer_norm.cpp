@@ -21,26 +21,6 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
 
-// bf16 rows are split into even and odd elements where both of these are bf16.
-template <typename T, typename Y>
-constexpr bool kSplits = false;
-template <>
-constexpr bool kSplits<bf16, bf16> = true;
-
-template <bool kSplit, typename T>
-FASTGPT_INLINE void load_two(const T* p, Vec (&v)[2]) {
-  if constexpr (kSplit) return load_split(p, v[0], v[1]);
-  v[0] = load(p);
-  v[1] = load(p + Vec::width);
-}
-
-template <bool kSplit, typename T>
-FASTGPT_INLINE void store_two(T* p, Vec a, Vec b, bool streaming) {
-  if constexpr (kSplit) return store_split(p, a, b);
-  store_lanes(p, a, Vec::width, streaming);
-  store_lanes(p + Vec::width, b, Vec::width, streaming);
-}
-
 // y from the row x (n) and the sum of its elements. Asks for the row of the input that comes next,
 // and for the lines of y, while it works in L1. x, weight and bias are split where kSplits says so.
 template <typename T, typename Y>
@@ -49,69 +29,68 @@ void normalize_row(const float* x, float sum, int64_t n, const float* weight, co
                    float* rstd_out) {
   const float mean = sum / static_cast<float>(n);
   const Vec center = set1(mean);
-  const float square = sum_vectors(
+  const float square = sum_vectors<false>(
       n,
-      [&](int64_t i, int lanes) {
-        const Vec d = load_lanes(x + i, lanes) - center;
+      [&](int64_t, int, Vec x_at) {
+        const Vec d = x_at - center;
         return d * d;
       },
       [&](int64_t i) {
         prefetch_chunk(next + i);
         if (!streaming) prefetch_chunk(y + i, true);
-      });
+      },
+      x);
   const float rstd = 1.0f / __builtin_sqrtf(square / static_cast<float>(n) + eps);
   const Vec scale = set1(rstd);
-  const auto y_at = [&](int64_t i, int lanes) {
-    const Vec xhat = (load_lanes(x + i, lanes) - center) * scale;
-    return fma(xhat, load_lanes(weight + i, lanes), load_lanes(bias + i, lanes));
-  };
-  int64_t first = 0;
-  if constexpr (kSplits<T, Y>) {
-    for (; first < split_part(n); first += kTwo) {
-      store_split(y + first, y_at(first, Vec::width), y_at(first + Vec::width, Vec::width));
-    }
-  }
-  for_vectors(n - first, [&](int64_t i, int lanes) {
-    store_lanes(y + first + i, y_at(first + i, lanes), lanes, streaming);
-  });
+  map_vectors<kSplits<T, Y>>(
+      n, y, streaming,
+      [&](int64_t i, int lanes, Vec x_at) {
+        const Vec xhat = (x_at - center) * scale;
+        return fma(xhat, load_lanes(weight + i, lanes), load_lanes(bias + i, lanes));
+      },
+      NothingAhead{}, x);
   *mean_out = mean;
   *rstd_out = rstd;
 }
 
-// Gathers a row of x, or of x + residual rounded and stored in s, as floats; returns its sum.
+// Gathers a row of x as floats; returns its sum.
 template <bool kSplit, typename T>
-float gather_row(const T* x, const T* residual, T* s, int64_t n, bool streaming, float* floats) {
+float gather_row(const T* x, int64_t n, float* floats) {
+  return sum_vectors<kSplit>(
+      n,
+      [&](int64_t i, int lanes, Vec x_at) {
+        store_lanes(floats + i, x_at, lanes);
+        return x_at;
+      },
+      NothingAhead{}, x);
+}
+
+// s = x + residual, rounded, which goes to floats too unless they are s; returns the sum of s.
+template <bool kSplit, typename T>
+float gather_sum(const T* x, const T* residual, T* s, int64_t n, bool streaming, float* floats) {
+  const auto keep = [&](int64_t i, int lanes, Vec v) {
+    if (static_cast<void*>(floats) != static_cast<void*>(s)) store_lanes(floats + i, v, lanes);
+    return v;
+  };
   Vec even_sum = zero(), odd_sum = zero();
   int64_t first = 0;
   if constexpr (kSplit) {
     for (; first < split_part(n); first += kTwo) {
-      Vec even, odd;
-      load_split(x + first, even, odd);
-      if (residual != nullptr) {
-        Vec even_residual, odd_residual;
-        load_split(residual + first, even_residual, odd_residual);
-        const NativeUint even_bits = bf16_high_of_plain(even + even_residual);
-        const NativeUint odd_bits = bf16_high_of_plain(odd + odd_residual);
-        store_high_split(s + first, even_bits, odd_bits);
-        even = from_bits(even_bits & 0xffff0000u);
-        odd = from_bits(odd_bits & 0xffff0000u);
-      }
-      store(floats + first, even);
-      store(floats + first + Vec::width, odd);
-      even_sum = even_sum + even;
-      odd_sum = odd_sum + odd;
+      const Two a = load_two<true>(x + first), b = load_two<true>(residual + first);
+      const NativeUint even = bf16_high_of_plain(a.a + b.a), odd = bf16_high_of_plain(a.b + b.b);
+      store_high_split(s + first, even, odd);
+      even_sum = even_sum + keep(first, Vec::width, from_bits(even & 0xffff0000u));
+      odd_sum = odd_sum + keep(first + Vec::width, Vec::width, from_bits(odd & 0xffff0000u));
     }
   }
-  const float rest = sum_vectors(n - first, [&](int64_t i, int lanes) {
-    const int64_t at = first + i;
-    Vec v = load_lanes(x + at, lanes);
-    if (residual != nullptr) {
-      v = rounded_to(T{}, v + load_lanes(residual + at, lanes));
-      store_lanes(s + at, v, lanes, streaming);
-    }
-    store_lanes(floats + at, v, lanes);
-    return v;
-  });
+  const float rest = sum_vectors<false>(
+      n - first,
+      [&](int64_t i, int lanes, Vec x_at, Vec residual_at) {
+        const Vec v = rounded_to(T{}, x_at + residual_at);
+        store_lanes(s + first + i, v, lanes, streaming);
+        return keep(first + i, lanes, v);
+      },
+      NothingAhead{}, x + first, residual + first);
   return reduce_add(even_sum + odd_sum) + rest;
 }
 
@@ -122,7 +101,8 @@ void forward(const LayerNormFwd& p) {
   const FloatParameter weights(p.weight, 1.0f, n, kSplit), biases(p.bias, 0.0f, n, kSplit);
   const float *weight = weights.data(), *bias = biases.data();
   const bool stream_y = streams(p.y), stream_s = p.s && streams(p.s);
-  const bool in_place = sizeof(T) == sizeof(float) && !p.residual;
+  // Floats that are in memory, and not on their way past the caches, need no copy.
+  const bool in_place = sizeof(T) == sizeof(float) && !stream_s;
   const int64_t item_rows = kGrainElements / n + 1;
   const int64_t items = (r + item_rows - 1) / item_rows;
   const int workers = worker_count(items);
@@ -130,16 +110,17 @@ void forward(const LayerNormFwd& p) {
   parallel_items(items, workers, [&](int64_t item, int worker) {
     const int64_t end = (item + 1) * item_rows < r ? (item + 1) * item_rows : r;
     for (int64_t row = item * item_rows; row < end; ++row) {
-      const T* x = row_of<T>(p.x, row);
-      const float* floats = reinterpret_cast<const float*>(x);
+      T* x = row_of<T>(p.x, row);
+      T* s = p.residual ? row_of<T>(p.s, row) : x;  // what is normalized
+      float* floats = in_place ? reinterpret_cast<float*>(s) : scratch.at() + worker * n;
       float sum;
-      if (in_place) {
-        sum = sum_vectors(n, [&](int64_t i, int lanes) { return load_lanes(floats + i, lanes); });
+      if (p.residual) {
+        sum = gather_sum<kSplit>(x, row_of<T>(p.residual, row), s, n, stream_s, floats);
+      } else if (in_place) {
+        sum = sum_vectors<false>(
+            n, [](int64_t, int, Vec x_at) { return x_at; }, NothingAhead{}, floats);
       } else {
-        float* copy = scratch.at() + worker * n;
-        sum = gather_row<kSplit>(x, p.residual ? row_of<T>(p.residual, row) : nullptr,
-                                 p.residual ? row_of<T>(p.s, row) : nullptr, n, stream_s, copy);
-        floats = copy;
+        sum = gather_row<kSplit>(x, n, floats);
       }
       normalize_row(floats, sum, n, weight, bias, p.eps, stream_y, row_of<T>(p.x, row + 1),
                     row_of<Y>(p.y, row), static_cast<float*>(p.mean.data) + row,
@@ -170,11 +151,9 @@ void backward_row(const LayerNormBwd& p, int64_t row, const float* weight, bool 
     sum_gx[chain] = fma(g, (x_at - mean) * rstd, sum_gx[chain]);
   };
   for (int64_t i = 0; i < pairs; i += kTwo) {
-    Vec x_at[2], dy_at[2];
-    load_two<kSplit>(x + i, x_at);
-    load_two<kSplit>(dy + i, dy_at);
-    accumulate(0, x_at[0], dy_at[0], load(weight + i));
-    accumulate(1, x_at[1], dy_at[1], load(weight + i + Vec::width));
+    const Two x_at = load_two<kSplit>(x + i), dy_at = load_two<kSplit>(dy + i);
+    accumulate(0, x_at.a, dy_at.a, load(weight + i));
+    accumulate(1, x_at.b, dy_at.b, load(weight + i + Vec::width));
   }
   for_vectors(n - pairs, [&](int64_t rest, int lanes) {
     const int64_t i = pairs + rest;
@@ -194,13 +173,11 @@ void backward_row(const LayerNormBwd& p, int64_t row, const float* weight, bool 
     return rstd * ((dy_at * load_lanes(weight + i, lanes) - mean_g) - xhat * mean_gx);
   };
   for (int64_t i = 0; i < pairs; i += kTwo) {
-    Vec x_at[2], dy_at[2], ds_at[2] = {zero(), zero()};
-    load_two<kSplit>(x + i, x_at);
-    load_two<kSplit>(dy + i, dy_at);
-    if (ds != nullptr) load_two<kSplit>(ds + i, ds_at);
-    const Vec d0 = finish(i, Vec::width, x_at[0], dy_at[0]);
-    const Vec d1 = finish(i + Vec::width, Vec::width, x_at[1], dy_at[1]);
-    store_two<kSplit>(dx + i, d0 + ds_at[0], d1 + ds_at[1], streaming);
+    const Two x_at = load_two<kSplit>(x + i), dy_at = load_two<kSplit>(dy + i);
+    const Two ds_at = ds != nullptr ? load_two<kSplit>(ds + i) : Two{zero(), zero()};
+    const Vec a = finish(i, Vec::width, x_at.a, dy_at.a);
+    const Vec b = finish(i + Vec::width, Vec::width, x_at.b, dy_at.b);
+    store_two<kSplit>(dx + i, a + ds_at.a, b + ds_at.b, streaming);
   }
   for_vectors(n - pairs, [&](int64_t rest, int lanes) {
     const int64_t i = pairs + rest;

@@ -1,6 +1,8 @@
 // Pieces that the kernels over rows share: loops over a row in whole vectors and one partial one.
 #pragma once
 
+#include <type_traits>
+
 #include "csrc/cpu/parallel.h"
 #include "csrc/cpu/simd.h"
 #include "csrc/ops/tensor_ref.h"
@@ -69,40 +71,98 @@ FASTGPT_INLINE void store_lanes(T* p, Vec v, int lanes, bool streaming) {
   store_lanes(p, v, lanes);
 }
 
-// fold(sum, term) over term(first element, lanes) of [0, n), lanes beyond n standing at fill, in
-// four independent chains.
-template <typename Fold, typename Term, typename Ahead>
-FASTGPT_INLINE Vec fold_vectors(int64_t n, float fill, const Fold& fold, const Term& term,
-                                const Ahead& ahead) {
-  const Vec start = set1(fill);
-  Vec chain[4] = {start, start, start, start};
+// Pairs of vectors of a row. bf16 comes split into the even and the odd elements of a pair, where
+// kSplits says so of what a loop reads and writes; floats that such a loop reads or writes beside
+// are in that order themselves (reorder_pairs), or of nobody else.
+constexpr int kTwo = 2 * Vec::width;
+
+struct Two {
+  Vec a, b;
+};
+
+template <typename... T>
+constexpr bool kSplits = (std::is_same_v<T, bf16> && ...);
+
+template <bool kSplit, typename T>
+FASTGPT_INLINE Two load_two(const T* p) {
+  Two v;
+  if constexpr (kSplit && kSplits<T>) {
+    load_split(p, v.a, v.b);
+  } else {
+    v = {load(p), load(p + Vec::width)};
+  }
+  return v;
+}
+
+template <bool kSplit, typename T>
+FASTGPT_INLINE void store_two(T* p, Vec a, Vec b, bool streaming) {
+  if constexpr (kSplit && kSplits<T>) return store_split(p, a, b);
+  store_lanes(p, a, Vec::width, streaming);
+  store_lanes(p + Vec::width, b, Vec::width, streaming);
+}
+
+// out[i] = f(first element, lanes, the vectors of in at it ...), the first element as split floats
+// count it.
+template <bool kSplit, typename Out, typename F, typename Ahead, typename... In>
+FASTGPT_INLINE void map_vectors(int64_t n, Out* out, bool streaming, const F& f, const Ahead& ahead,
+                                const In*... in) {
+  const auto map_two = [&](int64_t i, auto... x) {
+    const Vec a = f(i, Vec::width, x.a...), b = f(i + Vec::width, Vec::width, x.b...);
+    store_two<kSplit>(out + i, a, b, streaming);
+  };
   int64_t i = 0;
   for (; i + kChunk <= n; i += kChunk) {
     ahead(i);
-    for (int c = 0; c < 4; ++c) {
-      chain[c] = fold(chain[c], term(i + c * Vec::width, Vec::width));
-    }
+    map_two(i, load_two<kSplit>(in + i)...);
+    map_two(i + kTwo, load_two<kSplit>(in + i + kTwo)...);
   }
-  for (; i + Vec::width <= n; i += Vec::width) chain[0] = fold(chain[0], term(i, Vec::width));
-  if (i < n) {
-    const int lanes = static_cast<int>(n - i);
-    chain[0] = fold(chain[0], select(first_lanes(lanes), term(i, lanes), start));
+  for (; i + kTwo <= n; i += kTwo) map_two(i, load_two<kSplit>(in + i)...);
+  for (; i < n; i += Vec::width) {
+    const int lanes = n - i < Vec::width ? static_cast<int>(n - i) : Vec::width;
+    store_lanes(out + i, f(i, lanes, load_lanes(in + i, lanes)...), lanes, streaming);
+  }
+}
+
+// fold(sum, term) over term(first element, lanes, the vectors of in at it ...) of [0, n), lanes
+// beyond n standing at fill, in four independent chains.
+template <bool kSplit, typename Fold, typename Term, typename Ahead, typename... In>
+FASTGPT_INLINE Vec fold_vectors(int64_t n, float fill, const Fold& fold, const Term& term,
+                                const Ahead& ahead, const In*... in) {
+  const Vec start = set1(fill);
+  Vec chain[4] = {start, start, start, start};
+  const auto fold_two = [&](int64_t i, Vec& a, Vec& b, auto... x) {
+    a = fold(a, term(i, Vec::width, x.a...));
+    b = fold(b, term(i + Vec::width, Vec::width, x.b...));
+  };
+  int64_t i = 0;
+  for (; i + kChunk <= n; i += kChunk) {
+    ahead(i);
+    fold_two(i, chain[0], chain[1], load_two<kSplit>(in + i)...);
+    fold_two(i + kTwo, chain[2], chain[3], load_two<kSplit>(in + i + kTwo)...);
+  }
+  if (i + kTwo <= n) {
+    fold_two(i, chain[0], chain[1], load_two<kSplit>(in + i)...);
+    i += kTwo;
+  }
+  for (; i < n; i += Vec::width) {
+    const int lanes = n - i < Vec::width ? static_cast<int>(n - i) : Vec::width;
+    const Vec last = term(i, lanes, load_lanes(in + i, lanes)...);
+    chain[0] = fold(chain[0], select(first_lanes(lanes), last, start));
   }
   return fold(fold(chain[0], chain[1]), fold(chain[2], chain[3]));
 }
 
-template <typename Term>
-FASTGPT_INLINE float max_vectors(int64_t n, const Term& term) {
-  return reduce_max(
-      fold_vectors(n, -kInfinity, [](Vec a, Vec b) { return max(a, b); }, term, NothingAhead{}));
+template <bool kSplit, typename Term, typename... In>
+FASTGPT_INLINE float max_vectors(int64_t n, const Term& term, const In*... in) {
+  const auto larger = [](Vec a, Vec b) { return max(a, b); };
+  return reduce_max(fold_vectors<kSplit>(n, -kInfinity, larger, term, NothingAhead{}, in...));
 }
 
-template <typename Term, typename Ahead = NothingAhead>
-FASTGPT_INLINE float sum_vectors(int64_t n, const Term& term, const Ahead& ahead = {}) {
-  return reduce_add(fold_vectors(n, 0.0f, [](Vec a, Vec b) { return a + b; }, term, ahead));
+template <bool kSplit, typename Term, typename Ahead, typename... In>
+FASTGPT_INLINE float sum_vectors(int64_t n, const Term& term, const Ahead& ahead, const In*... in) {
+  const auto add = [](Vec a, Vec b) { return a + b; };
+  return reduce_add(fold_vectors<kSplit>(n, 0.0f, add, term, ahead, in...));
 }
-
-constexpr int kTwo = 2 * Vec::width;
 
 // The part of a row of n that comes in whole pairs of vectors.
 FASTGPT_INLINE int64_t split_part(int64_t n) {

@@ -27,12 +27,13 @@ inline float exp_below(float x) {
 template <typename T, typename Y>
 void softmax_row(const T* x, int64_t n, float scale, float empty, const T* next, bool streaming,
                  Y* y, float* e, float* tops) {
+  constexpr bool kSplit = kSplits<T, Y>;
   const Vec factor = set1(scale);
   float top = -kInfinity, sum = 0.0f;
   for (int64_t first = 0; first < n; first += kRowBlock) {
     const int64_t size = n - first < kRowBlock ? n - first : kRowBlock;
-    const float block_top = max_vectors(
-        size, [&](int64_t i, int lanes) { return load_lanes(x + first + i, lanes) * factor; });
+    const float block_top = max_vectors<kSplit>(
+        size, [&](int64_t, int, Vec at) { return at * factor; }, x + first);
     if (block_top > top) {
       sum *= exp_below(top - block_top);
       top = block_top;
@@ -41,14 +42,14 @@ void softmax_row(const T* x, int64_t n, float scale, float empty, const T* next,
     const float offset = top == -kInfinity ? 0.0f : top;
     tops[first / kRowBlock] = offset;
     const Vec shift = set1(-offset);
-    sum += sum_vectors(
+    sum += sum_vectors<kSplit>(
         size,
-        [&](int64_t i, int lanes) {
-          const Vec power = exp_below(fma(load_lanes(x + first + i, lanes), factor, shift));
+        [&](int64_t i, int lanes, Vec at) {
+          const Vec power = exp_below(fma(at, factor, shift));
           store_lanes(e + first + i, power, lanes);
           return power;
         },
-        [&](int64_t i) { prefetch_chunk(next + first + i); });
+        [&](int64_t i) { prefetch_chunk(next + first + i); }, x + first);
   }
   const bool hidden = sum == 0.0f;
   const float inverse = hidden ? 0.0f : 1.0f / sum;
@@ -57,10 +58,10 @@ void softmax_row(const T* x, int64_t n, float scale, float empty, const T* next,
     const int64_t size = n - first < kRowBlock ? n - first : kRowBlock;
     const float correction = tops[first / kRowBlock] - (hidden ? 0.0f : top);
     const Vec share = set1(inverse * exp_below(correction));
-    for_vectors(size, [&](int64_t i, int lanes) {
-      store_lanes(y + first + i, fma(load_lanes(e + first + i, lanes), share, floor), lanes,
-                  streaming);
-    });
+    map_vectors<kSplit>(
+        size, y + first, streaming,
+        [&](int64_t, int, Vec power) { return fma(power, share, floor); }, NothingAhead{},
+        static_cast<const float*>(e + first));
   }
 }
 
@@ -68,20 +69,18 @@ void softmax_row(const T* x, int64_t n, float scale, float empty, const T* next,
 template <typename Y, typename X>
 void softmax_row_bwd(const Y* dy, const Y* y, int64_t n, float scale, const Y* next_dy,
                      const Y* next_y, bool streaming, X* dx) {
-  const Vec dot = set1(sum_vectors(n, [&](int64_t i, int lanes) {
-    return load_lanes(dy + i, lanes) * load_lanes(y + i, lanes);
-  }));
+  constexpr bool kSplit = kSplits<Y, X>;
+  const Vec dot = set1(sum_vectors<kSplit>(
+      n, [](int64_t, int, Vec dy_at, Vec y_at) { return dy_at * y_at; }, NothingAhead{}, dy, y));
   const Vec factor = set1(scale);
-  for_vectors(
-      n,
-      [&](int64_t i, int lanes) {
-        const Vec scaled = load_lanes(y + i, lanes) * factor;
-        store_lanes(dx + i, scaled * (load_lanes(dy + i, lanes) - dot), lanes, streaming);
-      },
+  map_vectors<kSplit>(
+      n, dx, streaming,
+      [&](int64_t, int, Vec dy_at, Vec y_at) { return (y_at * factor) * (dy_at - dot); },
       [&](int64_t i) {
         prefetch_chunk(next_dy + i);
         prefetch_chunk(next_y + i);
-      });
+      },
+      dy, y);
 }
 
 }  // namespace FASTGPT_ISA

@@ -51,7 +51,8 @@ struct CrossEntropyBwd {
   TensorRef weight;      // (v) f32 or absent
   TensorRef lse;         // (r) f64
   TensorRef weight_sum;  // () f32
-  TensorRef dx;          // (r, n) in x's dtype, may be x itself; on GPUs also narrower
+  TensorRef dx;          // (r, n) in x's dtype, may be x itself; or bf16 where x is f32; on GPUs
+                         // also f16
   int64_t first_class;
   CrossEntropyOptions options;
 };

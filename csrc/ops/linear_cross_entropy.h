@@ -33,6 +33,8 @@ struct AddScaled {
 
 namespace cpu {
 void matrix_product(const MatrixProduct& p);
+// Whether it multiplies bf16 faster than floats.
+bool multiplies_bf16();
 void add_column_sums(const AddColumnSums& p);
 }  // namespace cpu
 

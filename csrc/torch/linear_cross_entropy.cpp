@@ -3,8 +3,9 @@
 // are summed in float32 and rounded once. Scratch does not grow with the number of rows or classes:
 // at most about 64 MiB on the CPU; on a GPU 64 MiB of logits, and backward 160 MiB more of factors,
 // products and sums where c is 4096.
-// A GPU multiplies dlogits rounded to the dtype of x. A factor that all rows share waits for the
-// end there, so that they have the size of p, and not of p / r, which float16 could not hold.
+// A GPU, and a CPU that multiplies bf16, take dlogits rounded to the dtype of x. A factor that all
+// rows share waits for the end on a GPU, so that they have the size of p, and not of p / r, which
+// float16 could not hold.
 // Flops: 2 r v c forward, 6 r v c backward (the logits are computed again).
 #include "csrc/ops/linear_cross_entropy.h"
 
@@ -104,6 +105,7 @@ class Blocks {
   TensorRef x(int64_t i, int64_t rows) const { return rows_of(x_, i, rows); }
   TensorRef weight(int64_t j, int64_t classes) const { return rows_of(weight_, j, classes); }
   int64_t classes() const { return classes_; }
+  DType dtype() const { return x_.dtype; }
 
   // Memory for a block of logits, and the part of it that a block of this size takes.
   Tensor empty_block(const Tensor& like, ScalarType dtype) const {
@@ -190,20 +192,18 @@ struct Factor {
   TensorRef numerator, divisor;
 };
 
-// to = factor sum.
-void round_on_gpu(const TensorRef& sum, const Factor& factor, const TensorRef& to,
-                  const Tensor& like) {
+// to = factor sum; a CPU has no factor.
+void round_to(const TensorRef& to, const TensorRef& sum, const Factor& factor, const Tensor& like) {
   if (has_no_elements(to)) return;
   run_on_device_of(
-      like, [] {},
+      like,
+      [&] {
+        Tensor rounded = tensor_at(to, like);
+        torch::stable::copy_(rounded, tensor_at(sum, like));
+      },
       [&](void* stream) {
         cuda::add_scaled({TensorRef{}, sum, to, factor.numerator, factor.divisor}, stream);
       });
-}
-
-void round_to(Tensor to, const Tensor& sum, const Factor& factor) {
-  if (runs_cuda_kernels(to)) return round_on_gpu(view(sum), factor, view(to), to);
-  torch::stable::copy_(to, sum);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
@@ -224,11 +224,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
   const bool wide = x.scalar_type() == ScalarType::Float;
   const bool each = options.reduction == Reduction::none;
 
-  std::optional<Tensor> narrow;  // dlogits as a GPU multiplies them, if not the logits' own memory
+  const bool on_gpu = runs_cuda_kernels(x);
+  std::optional<Tensor> narrow;  // dlogits as they are multiplied, if not the logits' own memory
   Factor factor;
-  if (!wide && runs_cuda_kernels(x)) {
+  if (!wide && (on_gpu || (blocks.dtype() == DType::bf16 && cpu::multiplies_bf16()))) {
     narrow = blocks.empty_block(x, x.scalar_type());
-    if (!each) {
+    if (on_gpu && !each) {
       factor.numerator = dlosses;
       if (options.reduction == Reduction::mean) factor.divisor = total;
       dlosses = TensorRef{};
@@ -263,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
           x);
       if (need_dbias) {
         add_column_sums({gradient, rows_of(view(dbias), j, classes)}, x);
-        if (narrow.has_value()) round_on_gpu(gradient, Factor{}, dlogits, x);
+        if (narrow.has_value()) round_to(dlogits, gradient, Factor{}, x);
       }
       if (need_dx) {
         multiply({dlogits, blocks.weight(j, classes), TensorRef{}, rows_of(view(dx_sum), i, count),
@@ -275,13 +276,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
       }
     });
     if (dweight_sum.has_value()) {
-      round_to(torch::stable::narrow(dweight, 0, j, classes),
-               torch::stable::narrow(*dweight_sum, 0, 0, classes), factor);
+      round_to(rows_of(view(dweight), j, classes), dweight_block, factor, x);
     }
   });
-  if (need_dx && !wide) round_to(dx, dx_sum, factor);
+  if (need_dx && !wide) round_to(view(dx), view(dx_sum), factor, x);
   const TensorRef row = repeated(view(dbias), 1);
-  if (factor.numerator) round_on_gpu(row, factor, row, x);
+  if (factor.numerator) round_to(row, row, factor, x);
   return {dx, dweight, dbias};
 }
 
