@@ -60,7 +60,7 @@ void forward(const BiasGeluFwd& p) {
   const int64_t r = p.x.size[0], n = p.x.size[1];
   const FloatParameter biases(p.bias, 0.0f, n, kSplits<T>);
   const float* bias = biases.data();
-  const bool streaming = streams(p.y);
+  const bool streaming = streams(p.y, 2);
   parallel_for(r, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = row_of<T>(p.x, row);
@@ -87,7 +87,7 @@ void backward(const BiasGeluBwd& p) {
   const float* bias = biases.data();
   const Scratch scratch((p.dbias ? chunks : 0) * n * sizeof(float));
   float* partial = scratch.at();
-  const bool streaming = streams(p.dx);
+  const bool streaming = streams(p.dx, 3);
   parallel_for(chunks, kGrainElements / (n * chunk_rows) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* dbias = p.dbias ? partial + chunk * n : nullptr;

@@ -105,7 +105,7 @@ struct SplitLse {
 // dx may be where x is.
 template <typename T, typename X, bool kSmooth>
 void backward_row(const T* x, int64_t n, SplitLse lse, float of_p, float of_weight,
-                  const float* weight, X* dx) {
+                  const float* weight, bool streaming, X* dx) {
   const Vec high = set1(lse.high), low = set1(lse.low);
   const Vec factor = set1(of_p), constant = set1(-of_weight);
   const auto gradient = [&](int64_t i, int lanes, Vec x_at) {
@@ -114,7 +114,7 @@ void backward_row(const T* x, int64_t n, SplitLse lse, float of_p, float of_weig
     return fma(weight == nullptr ? set1(1.0f) : load_lanes(weight + i, lanes), constant, d);
   };
   constexpr bool kSplit = kSplits<T, X> && !kSmooth;  // the weights are in order
-  map_vectors<kSplit>(n, dx, false, gradient, NothingAhead{}, x);
+  map_vectors<kSplit>(n, dx, streaming, gradient, NothingAhead{}, x);
 }
 
 template <typename T, typename X, bool kSmooth>
@@ -126,6 +126,7 @@ void backward(const CrossEntropyBwd& p) {
   const double all = kSmooth ? total_weight(p.weight, o.classes) : 0.0;
   const float* weight =
       p.weight ? static_cast<const float*>(p.weight.data) + p.first_class : nullptr;
+  const bool streaming = streams(p.dx, 2);
   parallel_for(r, kGrainElements / n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* x = row_of<T>(p.x, i);
@@ -146,13 +147,14 @@ void backward(const CrossEntropyBwd& p) {
       const int64_t j = target - p.first_class;
       const bool here = j >= 0 && j < n;
       const float picked = here ? to_float(x[j]) : 0.0f;  // before dx, which may be x, is written
-      backward_row<T, X, kSmooth>(x, n, lse, of_p, of_weight, weight, dx);
+      backward_row<T, X, kSmooth>(x, n, lse, of_p, of_weight, weight, streaming, dx);
       if (here) {
         const float others = exp_below((picked - lse.high) - lse.low) * of_p -
                              of_weight * weight_of(p.weight, target);
         dx[j] = from_float<X>(others - static_cast<float>(g * picked_weight));
       }
     }
+    stream_fence();
   });
 }
 

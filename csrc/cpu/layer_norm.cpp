@@ -78,7 +78,7 @@ float gather_sum(const T* x, const T* residual, T* s, int64_t n, bool streaming,
     for (; first < split_part(n); first += kTwo) {
       const Two a = load_two<true>(x + first), b = load_two<true>(residual + first);
       const NativeUint even = bf16_high_of_plain(a.a + b.a), odd = bf16_high_of_plain(a.b + b.b);
-      store_high_split(s + first, even, odd);
+      store_high_split(s + first, even, odd, streaming);
       even_sum = even_sum + keep(first, Vec::width, from_bits(even & 0xffff0000u));
       odd_sum = odd_sum + keep(first + Vec::width, Vec::width, from_bits(odd & 0xffff0000u));
     }
@@ -100,7 +100,8 @@ void forward(const LayerNormFwd& p) {
   const int64_t r = p.x.size[0], n = p.x.size[1];
   const FloatParameter weights(p.weight, 1.0f, n, kSplit), biases(p.bias, 0.0f, n, kSplit);
   const float *weight = weights.data(), *bias = biases.data();
-  const bool stream_y = streams(p.y), stream_s = p.s && streams(p.s);
+  const int tensors = p.residual ? 4 : 2;
+  const bool stream_y = streams(p.y, tensors), stream_s = p.s && streams(p.s, tensors);
   // Floats that are in memory, and not on their way past the caches, need no copy.
   const bool in_place = sizeof(T) == sizeof(float) && !stream_s;
   const int64_t item_rows = kGrainElements / n + 1;
@@ -216,7 +217,7 @@ void backward(const LayerNormBwd& p) {
   const float* weight = weights.data();
   const Scratch scratch(chunks * sums * n * sizeof(float));
   float* partial = scratch.at();
-  const bool streaming = streams(p.dx);
+  const bool streaming = streams(p.dx, p.ds ? 4 : 3);
   parallel_for(chunks, kGrainElements / (n * chunk_rows) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* mine = partial + chunk * sums * n;

@@ -54,13 +54,15 @@ FASTGPT_INLINE void store_lanes(T* p, Vec v, int lanes) {
   lanes == Vec::width ? store(p, v) : store(p, v, lanes);
 }
 
-// Whether a result is too large for the caches to keep, and its rows (r, n) may be streamed to
-// memory (whole vectors on their own alignment): a plain store would first read the line that it
-// replaces. float32 only: what narrows as it stores gains nothing (measured).
-inline bool streams(const TensorRef& out) {
-  constexpr int64_t kCacheBytes = int64_t{32} << 20, kBytes = 4;
-  return out.dtype == DType::f32 && out.size[0] * out.size[1] * kBytes > kCacheBytes &&
-         out.stride[0] * kBytes % 64 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+// Whether the rows (r, n) of a result are streamed to memory, whole vectors of float32 and pairs of
+// bf16 on their own alignment: where the op, which moves `tensors` of this size, drives its first
+// rows out of the caches before it ends. A plain store would first read the line that it replaces.
+inline bool streams(const TensorRef& out, int tensors) {
+  constexpr int64_t kCacheBytes = int64_t{24} << 20;
+  if (out.dtype != DType::f32 && out.dtype != DType::bf16) return false;
+  const int64_t bytes = out.dtype == DType::f32 ? 4 : 2;
+  return tensors * out.size[0] * out.size[1] * bytes > kCacheBytes &&
+         out.stride[0] * bytes % 64 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
 }
 
 template <typename T>
@@ -96,7 +98,7 @@ FASTGPT_INLINE Two load_two(const T* p) {
 
 template <bool kSplit, typename T>
 FASTGPT_INLINE void store_two(T* p, Vec a, Vec b, bool streaming) {
-  if constexpr (kSplit && kSplits<T>) return store_split(p, a, b);
+  if constexpr (kSplit && kSplits<T>) return store_split(p, a, b, streaming);
   store_lanes(p, a, Vec::width, streaming);
   store_lanes(p + Vec::width, b, Vec::width, streaming);
 }

@@ -344,8 +344,8 @@ FASTGPT_INLINE void load_split(const bf16* p, Vec& even, Vec& odd) {
   odd = from_bits(u & 0xffff0000u);
 }
 
-// Of the high 16 bits of each lane.
-FASTGPT_INLINE void store_high_split(bf16* p, NativeUint even, NativeUint odd) {
+// Of the high 16 bits of each lane; past the cache where `streaming`.
+FASTGPT_INLINE void store_high_split(bf16* p, NativeUint even, NativeUint odd, bool streaming) {
 #if defined(__AVX512F__)
   const NativeUint both =
       (NativeUint)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)(even >> 16), (__m512i)odd);
@@ -354,12 +354,13 @@ FASTGPT_INLINE void store_high_split(bf16* p, NativeUint even, NativeUint odd) {
 #else
   const NativeUint both = (even >> 16) | (odd & 0xffff0000u);
 #endif
+  if (streaming) return stream(reinterpret_cast<float*>(p), from_bits(both));
   std::memcpy(p, &both, sizeof(both));
 }
 
 // Rounded as bf16_high_of_plain rounds.
-FASTGPT_INLINE void store_split(bf16* p, Vec even, Vec odd) {
-  store_high_split(p, bf16_high_of_plain(even), bf16_high_of_plain(odd));
+FASTGPT_INLINE void store_split(bf16* p, Vec even, Vec odd, bool streaming) {
+  store_high_split(p, bf16_high_of_plain(even), bf16_high_of_plain(odd), streaming);
 }
 
 // Makes what was streamed visible to other threads in order with later stores.

@@ -25,7 +25,7 @@ void forward(const SoftmaxFwd& p) {
   const int64_t items = (r + item_rows - 1) / item_rows;
   const int workers = worker_count(items);
   const int64_t floats = n + row_blocks(n);
-  const bool streaming = streams(p.y);
+  const bool streaming = streams(p.y, 2);
   const Scratch scratch(workers * floats * sizeof(float));
   parallel_items(items, workers, [&](int64_t item, int worker) {
     float* e = scratch.at() + worker * floats;
@@ -41,7 +41,7 @@ void forward(const SoftmaxFwd& p) {
 template <typename Y, typename X>
 void backward(const SoftmaxBwd& p) {
   const int64_t r = p.y.size[0], n = p.y.size[1];
-  const bool streaming = streams(p.dx);
+  const bool streaming = streams(p.dx, 3);
   parallel_for(r, kItemElements / n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       softmax_row_bwd(row_of<Y>(p.dy, row), row_of<Y>(p.y, row), n, 1.0f, row_of<Y>(p.dy, row + 1),
