@@ -81,6 +81,9 @@ bool multiplies_bf16() {
 void add_column_sums(const AddColumnSums& p) {
   active().add_column_sums(p);
 }
+void add_scaled(const AddScaled& p) {
+  active().add_scaled(p);
+}
 
 }  // namespace cpu
 }  // namespace fastgpt

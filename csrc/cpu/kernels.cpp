@@ -11,6 +11,7 @@ const CpuKernels kernels = {
     masked_softmax_fwd_kernel,   masked_softmax_bwd_kernel,   bias_gelu_fwd_kernel,
     bias_gelu_bwd_kernel,        cross_entropy_absorb_kernel, cross_entropy_finish_kernel,
     cross_entropy_bwd_kernel,    matrix_product_kernel,       add_column_sums_kernel,
+    add_scaled_kernel,
 };
 
 }  // namespace FASTGPT_ISA

@@ -30,6 +30,7 @@ struct CpuKernels {
   void (*cross_entropy_bwd)(const CrossEntropyBwd&);
   void (*matrix_product)(const MatrixProduct&);
   void (*add_column_sums)(const AddColumnSums&);
+  void (*add_scaled)(const AddScaled&);
 };
 
 #if defined(FASTGPT_ISA)
@@ -53,6 +54,7 @@ void cross_entropy_finish_kernel(const CrossEntropyFinish& p);
 void cross_entropy_bwd_kernel(const CrossEntropyBwd& p);
 void matrix_product_kernel(const MatrixProduct& p);
 void add_column_sums_kernel(const AddColumnSums& p);
+void add_scaled_kernel(const AddScaled& p);
 }  // namespace FASTGPT_ISA
 #endif
 

@@ -1,10 +1,10 @@
 // c = a b, c += a b or c = a b + bias, over any mixture of float32, bfloat16 and float16 factors.
 //
-// Plan: an item is 256 rows by 192 columns of c; it walks k in blocks, packs b's block as (depth,
-// panel) floats, which stay in L1 and L2, and takes a in place where it is float32 rows, else
-// packed. Sums run over k in ascending blocks, so that no bit depends on how c is cut.
-// bf16 times bf16 goes through VDPBF16PS where the level has it, in pairs along k: read in place, or
-// made of two rows by packing. The products are exact either way.
+// Plan: an item is up to 256 rows by 192 columns of c, less where that would leave threads idle; it
+// walks k in blocks, packs b's block as (depth, panel) floats, which stay in L1 and L2, and takes a
+// in place where it is float32 rows, else packed. Sums run over k in ascending blocks, so that no
+// bit depends on how c is cut. bf16 times bf16 goes through VDPBF16PS where the level has it, in
+// pairs along k: read in place, or made of two rows by packing. The products are exact either way.
 // Flops: 2 m n k. Bytes: a once for 192 columns, b once for 256 rows, c once a block.
 // Source: Goto, van de Geijn 2008, https://doi.org/10.1145/1356052.1356053
 #include "csrc/cpu/attention_pairs.h"
@@ -170,13 +170,18 @@ TensorRef as_pairs(TensorRef t, int axis) {
 template <typename Op>
 void multiply(const MatrixProduct& p, int64_t k) {
   const int64_t m = p.c.size[0], n = p.c.size[1];
-  constexpr int kColumns = kPanels * kPanel;
-  const int64_t across = ceil_div(n, kColumns), items = ceil_div(m, kItemRows) * across;
+  constexpr int kColumns = kPanels * kPanel, kItemsPerThread = 8;
+  const int64_t across = ceil_div(n, kColumns);
+  int item_rows = kItemRows;
+  while (item_rows > kRows && ceil_div(m, item_rows) * across < kItemsPerThread * max_threads()) {
+    item_rows /= 2;
+  }
+  const int64_t items = ceil_div(m, item_rows) * across;
   const int workers = worker_count(items);
   const Scratch scratch(workers * kScratchFloats * sizeof(float));
   parallel_items(items, workers, [&](int64_t item, int worker) {
-    const int64_t i0 = item / across * kItemRows, j0 = item % across * kColumns;
-    multiply_item<Op>(p, k, i0, static_cast<int>(clamp(m - i0, 0, kItemRows)), j0,
+    const int64_t i0 = item / across * item_rows, j0 = item % across * kColumns;
+    multiply_item<Op>(p, k, i0, static_cast<int>(clamp(m - i0, 0, item_rows)), j0,
                       static_cast<int>(clamp(n - j0, 0, kColumns)),
                       scratch.at() + worker * kScratchFloats);
   });

@@ -1,8 +1,6 @@
 // Pieces that the kernels over rows share: loops over a row in whole vectors and one partial one.
 #pragma once
 
-#include <type_traits>
-
 #include "csrc/cpu/parallel.h"
 #include "csrc/cpu/simd.h"
 #include "csrc/ops/tensor_ref.h"
@@ -83,7 +81,11 @@ struct Two {
 };
 
 template <typename... T>
-constexpr bool kSplits = (std::is_same_v<T, bf16> && ...);
+constexpr bool kSplits = (kSplits<T> && ...);
+template <typename T>
+constexpr bool kSplits<T> = false;
+template <>
+inline constexpr bool kSplits<bf16> = true;
 
 template <bool kSplit, typename T>
 FASTGPT_INLINE Two load_two(const T* p) {

@@ -32,8 +32,8 @@ void softmax_row(const T* x, int64_t n, float scale, float empty, const T* next,
   float top = -kInfinity, sum = 0.0f;
   for (int64_t first = 0; first < n; first += kRowBlock) {
     const int64_t size = n - first < kRowBlock ? n - first : kRowBlock;
-    const float block_top = max_vectors<kSplit>(
-        size, [&](int64_t, int, Vec at) { return at * factor; }, x + first);
+    const float block_top =
+        max_vectors<kSplit>(size, [&](int64_t, int, Vec at) { return at * factor; }, x + first);
     if (block_top > top) {
       sum *= exp_below(top - block_top);
       top = block_top;

@@ -45,7 +45,7 @@ struct CrossEntropyFinish {
 };
 
 struct CrossEntropyBwd {
-  TensorRef dloss;       // (r) for Reduction::none, else (); f32; on GPUs also absent: 1
+  TensorRef dloss;       // (r) for Reduction::none, else () or absent: 1; f32
   TensorRef x;           // (r, n), as absorbed
   TensorRef target;      // (r) i64
   TensorRef weight;      // (v) f32 or absent

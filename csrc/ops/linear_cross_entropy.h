@@ -36,6 +36,7 @@ void matrix_product(const MatrixProduct& p);
 // Whether it multiplies bf16 faster than floats.
 bool multiplies_bf16();
 void add_column_sums(const AddColumnSums& p);
+void add_scaled(const AddScaled& p);
 }  // namespace cpu
 
 namespace cuda {

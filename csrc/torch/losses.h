@@ -40,20 +40,26 @@ inline CrossEntropyRow* row_states(const Tensor& rows) {
   return static_cast<CrossEntropyRow*>(view(rows).data);
 }
 
-// The result of rows that have absorbed all their classes.
-inline CrossEntropyResult finish(const Tensor& target, const TensorRef& weight,
-                                 const CrossEntropyOptions& o, const Tensor& rows) {
-  const int64_t r = target.size(0);
-  Tensor row_loss = empty(target, {r}, ScalarType::Float);
-  Tensor loss = empty(target, {}, ScalarType::Float);
-  Tensor lse = empty(target, {r}, ScalarType::Double);
-  Tensor weight_sum = empty(target, {}, ScalarType::Float);
-  const CrossEntropyFinish p{row_states(rows), view(target), weight,    o,
-                             view(row_loss),   view(loss),   view(lse), view(weight_sum)};
+// The result of rows that have absorbed all their classes. like: on the device of all.
+inline CrossEntropyResult finish_rows(const Tensor& like, const TensorRef& target,
+                                      const TensorRef& weight, const CrossEntropyOptions& o,
+                                      const CrossEntropyRow* rows) {
+  const int64_t r = target.size[0];
+  Tensor row_loss = empty(like, {r}, ScalarType::Float);
+  Tensor loss = empty(like, {}, ScalarType::Float);
+  Tensor lse = empty(like, {r}, ScalarType::Double);
+  Tensor weight_sum = empty(like, {}, ScalarType::Float);
+  const CrossEntropyFinish p{rows,           target,     weight,    o,
+                             view(row_loss), view(loss), view(lse), view(weight_sum)};
   run_on_device_of(
-      target, [&] { cpu::cross_entropy_finish(p); },
+      like, [&] { cpu::cross_entropy_finish(p); },
       [&](void* stream) { cuda::cross_entropy_finish(p, stream); });
   return {o.reduction == Reduction::none ? row_loss : loss, lse, weight_sum};
+}
+
+inline CrossEntropyResult finish(const Tensor& target, const TensorRef& weight,
+                                 const CrossEntropyOptions& o, const Tensor& rows) {
+  return finish_rows(target, view(target), weight, o, row_states(rows));
 }
 
 }  // namespace fastgpt::binding

@@ -35,7 +35,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(input @ linear_weight.T + linear_bias, target) in blocks of rows and classes.
 
-    The (n, v) logits never exist, forward or backward: memory does not grow with their number.
+    The (n, v) logits never exist as a whole, forward or backward: the memory for them is bounded.
+    On a CPU a loss that is recorded for its gradient brings it along where it can, which spares
+    computing the logits a second time: the backward then only multiplies.
 
     Args:
         input: hidden states (..., c), float32, bfloat16 or float16 (float64: reference).
@@ -96,6 +98,25 @@ def linear_cross_entropy(
     return loss.view(target.shape) if reduction == "none" else loss
 
 
+_MOST_FLOATS = 1 << 23
+"""Logits that are kept from a loss to its gradient, and sums of narrow gradients: 32 MiB each."""
+_FEWEST_ROWS = 128
+"""Fewer rows at a time do not pay for passing over the gradient of the weight."""
+
+
+def _rows_kept(backend: str, x: Tensor, weight: Tensor, reduction: int) -> int:
+    """How many rows' logits are kept at a time to give the gradients with the loss; 0: none."""
+    if backend != "cpu" or reduction == REDUCTIONS["none"] or x.shape[0] == 0:
+        return 0
+    if x.dtype != torch.float32 and weight.numel() > _MOST_FLOATS:
+        return 0
+    rows, most = x.shape[0], _MOST_FLOATS // weight.shape[0]
+    if rows <= most:
+        return rows
+    several = x.dtype == torch.float32 and most >= _FEWEST_ROWS
+    return most // _FEWEST_ROWS * _FEWEST_ROWS if several else 0
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -110,27 +131,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
     ) -> Tensor:
         options = (ignore_index, reduction, label_smoothing)
-        run = dispatch.kernel("linear_cross_entropy", backend, "linear_cross_entropy_fwd")
-        loss, lse, weight_sum = run(x, weight, bias, target, *options)
-        ctx.save_for_backward(x, weight, bias, target, lse, weight_sum)
+        kept = _rows_kept(backend, x, weight, reduction)
+        name = "linear_cross_entropy_fwd_bwd" if kept else "linear_cross_entropy_fwd"
+        run = dispatch.kernel("linear_cross_entropy", backend, name)
+        more = (kept, *ctx.needs_input_grad[1:4]) if kept else ()
+        loss, lse, weight_sum, *grads = run(x, weight, bias, target, *options, *more)
+        ctx.kept, ctx.given = kept, None
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(x, weight, bias, target, lse, weight_sum, *grads)
+        else:
+            ctx.save_for_backward(x, weight, bias, target, lse, weight_sum)
+            ctx.given = grads
         ctx.backend, ctx.options = backend, options
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:
         saved = ctx.saved_tensors
-        bias = saved[2]
+        x, weight, bias, target = saved[:4]
         needed = ctx.needs_input_grad[1:4]
         with without_grad():
-            run = dispatch.kernel("linear_cross_entropy", ctx.backend, "linear_cross_entropy_bwd")
-            grads = run(dloss.contiguous(), *saved, *ctx.options, *needed)
-            dx, dweight, dbias = (g if n else None for g, n in zip(grads, needed, strict=True))
+            if ctx.kept:
+                dx, dweight, dbias = _scaled_gradients(ctx, dloss, saved)
+                dx, dweight = dx.to(x.dtype), dweight.to(weight.dtype)
+            else:
+                run = dispatch.kernel(
+                    "linear_cross_entropy", ctx.backend, "linear_cross_entropy_bwd"
+                )
+                dx, dweight, dbias = run(dloss.contiguous(), *saved, *ctx.options, *needed)
+            dx, dweight, dbias = (
+                g if n else None for g, n in zip((dx, dweight, dbias), needed, strict=True)
+            )
             dbias = None if dbias is None else dbias.to(bias.dtype)
-        return (
-            None,
-            *once("linear_cross_entropy", (dloss, *saved), dx, dweight, dbias),
-            *(None,) * 4,
-        )
+        sources = (dloss, x, weight, bias, target)
+        return None, *once("linear_cross_entropy", sources, dx, dweight, dbias), *(None,) * 4
+
+
+def _scaled_gradients(ctx: Any, dloss: Tensor, saved: tuple[Tensor, ...]) -> list[Tensor]:
+    """dloss times what came with the loss, in float32.
+
+    That memory is given away to the first backward; a second one computes it again.
+    """
+    if torch.compiler.is_compiling():
+        return [gradient * dloss for gradient in saved[6:]]
+    grads, ctx.given = ctx.given, None
+    if grads is None:
+        run = dispatch.kernel("linear_cross_entropy", ctx.backend, "linear_cross_entropy_fwd_bwd")
+        needed = ctx.needs_input_grad[1:4]
+        grads = run(*saved[:4], *ctx.options, ctx.kept, *needed)[3:]
+    if dloss.item() != 1.0:
+        for gradient in grads:
+            gradient.mul_(dloss)
+    return list(grads)
 
 
 def _linear_cross_entropy_fwd_fake(
@@ -167,6 +219,28 @@ def _linear_cross_entropy_bwd_fake(
     )
 
 
+def _linear_cross_entropy_fwd_bwd_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    rows_kept: int,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, ...]:
+    outputs = loss_outputs(x, reduction)
+    options = (ignore_index, reduction, label_smoothing)
+    needed = (need_dx, need_dweight, need_dbias)
+    grads = _linear_cross_entropy_bwd_fake(
+        x, x, weight, bias, target, *outputs[1:], *options, *needed
+    )
+    return *outputs, *(g.to(statistics_dtype(x)) for g in grads)
+
+
 define(
     "linear_cross_entropy_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, int reduction,"
@@ -179,4 +253,12 @@ define(
     " Tensor weight_sum, int ignore_index, int reduction, float label_smoothing, bool need_dx,"
     " bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _linear_cross_entropy_bwd_fake,
+)
+# The loss and its gradients for dloss = 1, these in float32; on a CPU, and not of reduction "none".
+define(
+    "linear_cross_entropy_fwd_bwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, int reduction,"
+    " float label_smoothing, int rows_kept, bool need_dx, bool need_dweight, bool need_dbias)"
+    " -> (Tensor loss, Tensor lse, Tensor weight_sum, Tensor dx, Tensor dweight, Tensor dbias)",
+    _linear_cross_entropy_fwd_bwd_fake,
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import fastgpt
+from fastgpt import dispatch
 from fastgpt import functional as F
+from fastgpt.ops import linear_cross_entropy
 from tests.contract import (
     Case,
     Inputs,
@@ -21,6 +25,7 @@ from tests.contract import (
     judge,
     normal,
     run,
+    same_bits,
     skip_unless_runs,
 )
 from tests.ops.test_cross_entropy import row_cancellation, stored
@@ -55,6 +60,8 @@ def case(
 
     return Case(id, make)
 
+
+CPU = torch.device("cpu")
 
 CASES = (
     case("one_row", 1, 16, v=64),
@@ -147,3 +154,57 @@ def test_several_blocks_of_rows(backend: str) -> None:
         got = run(SPEC, SPEC.function, want.inputs, want.outgoing, device_of(backend))
     found = judge(SPEC, want, got)
     assert not found, "\n".join(found)
+
+
+ROWS_KEPT = {"all": 300 * 65, "lots": 299 * 65, "none": 0}
+"""Floats that may be kept for the 300 rows below; lots of rows are for float32 alone."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_with_the_loss_and_after_it(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cpu kernel computes them at once where the logits fit; a row's bits are the same."""
+    skip_unless_runs(SPEC.op, "cpu", dtype)
+    rows = case("rows", 300, 24, v=65, bias=True, ignored=0.1, reduction="sum")
+    want = expected(SPEC, rows, dtype)
+    names = []
+    kernel = dispatch.kernel
+
+    def recording(op: str, backend: str, name: str) -> Any:
+        names.append(name)
+        return kernel(op, backend, name)
+
+    monkeypatch.setattr(dispatch, "kernel", recording)
+    results = {}
+    for kept, floats in ROWS_KEPT.items():
+        monkeypatch.setattr(linear_cross_entropy, "_MOST_FLOATS", floats)
+        names.clear()
+        with fastgpt.backend("cpu"):
+            results[kept] = run(SPEC, SPEC.function, want.inputs, want.outgoing, CPU)
+        at_once = kept == "all" or (kept == "lots" and dtype == torch.float32)
+        assert len(names) == (1 if at_once else 2), (kept, names)
+        found = judge(SPEC, want, results[kept])
+        assert not found, "\n".join(found)
+    same_bits("none kept", results["none"], results["all"])
+    same_bits("lots", results["lots"], {n: results["all"][n] for n in ("loss", "dinput")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_second_backward_finds_what_the_first_gave_away(dtype: torch.dtype) -> None:
+    skip_unless_runs(SPEC.op, "cpu", dtype)
+    x, weight = torch.randn(40, 24, dtype=dtype), torch.randn(65, 24, dtype=dtype)
+    leaves = (x.requires_grad_(), weight.requires_grad_())
+    with fastgpt.backend("cpu"):
+        loss = F.linear_cross_entropy(*leaves, torch.randint(65, (40,)))
+    dloss = torch.tensor(0.7)
+    first = torch.autograd.grad(loss, leaves, dloss.to(loss.dtype), retain_graph=True)
+    copies = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()
+    second = torch.autograd.grad(loss, leaves, dloss.to(loss.dtype), retain_graph=True)
+    only_x = torch.autograd.grad(loss, x, dloss.to(loss.dtype))
+    for got, kept in zip((*second, *only_x), (*copies, copies[0]), strict=True):
+        assert torch.equal(got, kept)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)

@@ -117,6 +117,28 @@ void matrix_product(Run& run, bool add) {
   cpu::matrix_product(p);
 }
 
+// The gradients of linear_cross_entropy where dlogits are as narrow as x and weight, and are read
+// by rows or by columns.
+void narrow_matrix_product(Run& run, bool by_rows) {
+  const int64_t m = 520, n = 410, k = 301;
+  MatrixProduct p{};
+  p.a = by_rows ? run.input({m, k}) : exchanged(run.input({k, m}), 0, 1);
+  p.b = run.input({k, n});
+  p.c = run.updated("matrix_product, narrow: c", {m, n}, DType::f32);
+  p.add = true;
+  cpu::matrix_product(p);
+}
+
+void add_scaled(Run& run, DType to) {
+  AddScaled p{};
+  p.a = run.input({kRows, kColumns}, DType::f32);
+  p.b = run.input({kRows, kColumns}, DType::f32);
+  p.to = run.result("add_scaled: to", {kRows, kColumns}, to);
+  p.numerator = run.input({}, DType::f32);
+  p.divisor = run.input({}, DType::f32);
+  cpu::add_scaled(p);
+}
+
 void add_column_sums(Run& run) {
   cpu::add_column_sums({run.input({kRows, kColumns}, DType::f32),
                         run.updated("add_column_sums: sum", {kColumns}, DType::f32)});
@@ -140,7 +162,11 @@ std::vector<Case> row_cases() {
        [](Run& run) { cross_entropy(run, Reduction::mean, 0.1, true); }},
       {"matrix_product, with bias", [](Run& run) { matrix_product(run, false); }},
       {"matrix_product, added", [](Run& run) { matrix_product(run, true); }},
+      {"matrix_product, narrow rows", [](Run& run) { narrow_matrix_product(run, true); }},
+      {"matrix_product, narrow columns", [](Run& run) { narrow_matrix_product(run, false); }},
       {"add_column_sums", add_column_sums},
+      {"add_scaled", [](Run& run) { add_scaled(run, DType::f32); }},
+      {"add_scaled, rounded", [](Run& run) { add_scaled(run, run.dtype()); }},
   };
 }
 
