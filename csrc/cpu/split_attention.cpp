@@ -39,24 +39,24 @@ FASTGPT_INLINE KeyRange next_block(int64_t begin, int64_t end, int64_t ring) {
   return KeyRange{begin, last - begin < kBlockKeys ? last : begin + kBlockKeys};
 }
 
-// Asks for a row ahead of its use, while another product keeps the memory idle. Floats come to L2
-// alone, which has more lines on their way than L1 (a tenth faster from memory, measured).
-template <typename T>
+// Asks for a row ahead of its use, while another product keeps the memory idle; level 3 is L1. L2
+// has more lines on their way: what is needed later comes there, a fifth faster (measured).
+template <int level, typename T>
 FASTGPT_INLINE void prefetch_row(const T* row, int d) {
-  constexpr int kLevel = sizeof(T) == sizeof(float) ? 2 : 3;
   for (int c = 0; c < d; c += 64 / static_cast<int>(sizeof(T))) {
-    __builtin_prefetch(row + c, 0, kLevel);
+    __builtin_prefetch(row + c, 0, level);
   }
 }
 
 constexpr int kSums = 8;  // reduced together
 
 // s (R, kBlockKeys) of a block of keys, times scale; q (R, padded(d)). Asks for the rows of v, and
-// of k where its rows are long: what fetches them unasked stops at every page.
-template <typename T, int R>
-void score_keys(const float* q, const Block<T>& k, const Block<T>& v, int d, float scale,
+// of k where its rows are long: what fetches them unasked stops at every page. D: d, or 0 for any.
+template <typename T, int R, int D>
+void score_keys(const float* q, const Block<T>& k, const Block<T>& v, int any_d, float scale,
                 float* s) {
   constexpr int kKeys = kSums / R;
+  const int d = D == 0 ? any_d : D;
   const int step = padded(d);
   for (int j = 0; j < k.n; j += kKeys) {
     const T* row[kKeys];
@@ -64,8 +64,9 @@ void score_keys(const float* q, const Block<T>& k, const Block<T>& v, int d, flo
     for (int i = 0; i < kKeys; ++i) {
       const int64_t at = j + i < k.n ? j + i : k.n - 1;
       row[i] = k.rows + at * k.stride;
-      prefetch_row(v.rows + at * v.stride, d);
-      if (sizeof(T) == sizeof(float)) prefetch_row(row[i] + 2 * kSums * k.stride, d);
+      prefetch_row<2>(v.rows + at * v.stride, d);
+      if (sizeof(T) == sizeof(float)) prefetch_row<2>(row[i] + 2 * kSums * k.stride, d);
+      prefetch_row<3>(row[i] + kSums * k.stride, d);
     }
     Vec sum[kSums];
 #pragma GCC unroll 8
@@ -138,10 +139,8 @@ void add_values(const float* p, const float* rescale, const Block<T>& v, int d, 
 // Hides the keys outside [low, high) of the block, turns the rest into p, updates m and l and
 // returns the factor for o.
 float softmax_row(float* s, int low, int high, int nk, float* m, float* l) {
-  for (int j = 0; j < nk; ++j) {
-    if (j < low || j >= high) s[j] = -kInfinity;
-  }
-  for (int j = nk; j % kLanes != 0; ++j) s[j] = -kInfinity;
+  for (int j = 0; j < low; ++j) s[j] = -kInfinity;
+  for (int j = high; j < whole_vectors(nk) * kLanes; ++j) s[j] = -kInfinity;
   Vec highest = set1(*m);
   for (int j = 0; j < nk; j += kLanes) highest = max(load(s + j), highest);
   const float new_max = reduce_max(highest);
@@ -160,14 +159,14 @@ float softmax_row(float* s, int low, int high, int nk, float* m, float* l) {
 }
 
 // R queries (of one or several heads) over a block of keys.
-template <typename T, int R>
+template <typename T, int R, int D>
 void attend_rows(const Head* heads, int64_t row, const float* q, KeyRange keys, float* partial,
                  float* s) {
   const Head& head = heads[0];
-  const int d = head.d, row_step = padded(d);
+  const int d = D == 0 ? head.d : D, row_step = padded(d);
   const int64_t step = partial_floats(d);
   const Block<T> k = block_of<T>(head.k, keys), v = block_of<T>(head.v, keys);
-  score_keys<T, R>(q + row * row_step, k, v, d, head.scale * kLog2E, s);
+  score_keys<T, R, D>(q + row * row_step, k, v, d, head.scale * kLog2E, s);
   float rescale[R];
   float* o = partial + row * step;
   for (int r = 0; r < R; ++r) {
@@ -191,14 +190,14 @@ void attend_rows(const Head* heads, int64_t row, const float* q, KeyRange keys, 
   for (; c < row_step; c += kLanes) add(Constant<1>{}, c);
 }
 
-template <typename T>
+template <typename T, int D>
 void attend_keys(const Head* heads, int64_t rows, const float* q, KeyRange keys, float* partial,
                  float* s) {
   int64_t row = 0;
   for (; row + kRowBlock <= rows; row += kRowBlock) {
-    attend_rows<T, kRowBlock>(heads, row, q, keys, partial, s);
+    attend_rows<T, kRowBlock, D>(heads, row, q, keys, partial, s);
   }
-  for (; row < rows; ++row) attend_rows<T, 1>(heads, row, q, keys, partial, s);
+  for (; row < rows; ++row) attend_rows<T, 1, D>(heads, row, q, keys, partial, s);
 }
 
 }  // namespace
@@ -228,11 +227,15 @@ void attend_split(const Head* heads, int64_t group, int64_t split_keys, int64_t 
     widen_rows(heads[g].q, head.dtype, 0, static_cast<int>(head.sq), d, to, padded(d));
   }
   visit_dtype<bf16, f16>(head.dtype, [&](auto type) {
-    for (int64_t k0 = begin; k0 < end;) {
-      const KeyRange keys = next_block(k0, end, head.k.ring);
-      attend_keys<typename decltype(type)::type>(heads, rows, q, keys, partial, s);
-      k0 = keys.end;
-    }
+    const auto attend = [&](auto width) {
+      for (int64_t k0 = begin; k0 < end;) {
+        const KeyRange keys = next_block(k0, end, head.k.ring);
+        attend_keys<typename decltype(type)::type, decltype(width)::kValue>(heads, rows, q, keys,
+                                                                            partial, s);
+        k0 = keys.end;
+      }
+    };
+    d == 64 ? attend(Constant<64>{}) : d == 128 ? attend(Constant<128>{}) : attend(Constant<0>{});
   });
 }
 
