@@ -26,7 +26,7 @@ struct BlockSizes {
   int64_t elements;  // of a float32 block of weight, if that makes fewer classes
   int64_t step;      // divides the classes of all blocks but the last, and the step of their rows
 };
-constexpr BlockSizes kCpuBlocks{256, 4096, 1 << 22, 1};
+constexpr BlockSizes kCpuBlocks{512, 4096, 1 << 22, 1};
 constexpr BlockSizes kCudaBlocks{4096, 4096, 1 << 24, 64};
 
 // Rows [first, first + count) of a matrix, or elements of a vector.
