@@ -55,7 +55,7 @@ def layer_norm(
     shape = _check(input, normalized_shape, weight, bias, eps)
     float_out = autocast_dtype(input) is not None
     x = _rows(input, shape)
-    w, b = _flat(weight), _flat(bias)
+    w, b = _flat(weight, shape), _flat(bias, shape)
     backend = dispatch.pick("layer_norm", input)
     if backend == "reference":
         y = reference.layer_norm_fwd(x, w, b, eps, float_out)[0]
@@ -99,7 +99,7 @@ def add_layer_norm(
         x, residual = x.to(wider), residual.to(wider)
     check_same_dtype("residual", residual, "x", x)
     rows, residual_rows = _rows(x, shape), _rows(residual, shape)
-    w, b = _flat(weight), _flat(bias)
+    w, b = _flat(weight, shape), _flat(bias, shape)
     backend = dispatch.pick("add_layer_norm", x)
     if backend == "reference":
         y, s = reference.add_layer_norm_fwd(rows, residual_rows, w, b, eps, float_out)[:2]
@@ -157,8 +157,8 @@ def _rows(input: Tensor, shape: tuple[int, ...]) -> Tensor:
     return unit_stride(input.reshape(math.prod(input.shape[: input.dim() - len(shape)]), n))
 
 
-def _flat(parameter: Tensor | None) -> Tensor | None:
-    if parameter is None or (parameter.dim() == 1 and parameter.is_contiguous()):
+def _flat(parameter: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    if parameter is None or (len(shape) == 1 and parameter.is_contiguous()):
         return parameter
     return parameter.reshape(-1).contiguous()
 
