@@ -7,9 +7,14 @@ on the CPU, for its matrix products.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
+from torch import Tensor
 
 import fastgpt
+from fastgpt import functional as F
 from tests.contract import (
     LOW_DTYPES,
     Case,
@@ -86,3 +91,33 @@ def check_elements(spec: OpSpec, backend: str, dtype, case: Case) -> None:
                 if (own := rows.of_result(inputs, name, result, i)) is not None
             }
             same_bits(f"{case.id}, element {i} alone", alone, want)
+
+
+ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "add_layer_norm": lambda x: torch.stack(F.add_layer_norm(x, x.neg() / 2, x.shape[-1:]), 1),
+    "softmax": lambda x: F.softmax(x),
+    "bias_gelu": lambda x: F.bias_gelu(x, torch.linspace(-1, 1, x.shape[-1])),
+    "cross_entropy": lambda x: F.cross_entropy(x, torch.full(x.shape[:1], 7), reduction="none"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ROWS)
+def test_what_is_written_past_the_caches_has_the_same_bits(op: str, dtype: torch.dtype) -> None:
+    """As the cpu kernels write results beyond 24 MiB: of all rows at once, and of three."""
+    skip_unless_runs(op, "cpu", dtype)
+    x, dy = (torch.randn(2048, 4096).to(dtype) for _ in range(2))
+
+    def both_ways(rows: slice) -> tuple[Tensor, Tensor]:
+        leaf = x[rows].clone().requires_grad_()
+        y = ROWS[op](leaf)
+        outgoing = dy[rows].view(-1, *[1] * (y.dim() - 2), 4096) if y.dim() > 1 else dy[rows, 0]
+        return y.detach(), torch.autograd.grad(y, leaf, outgoing.expand_as(y).to(y.dtype))[0]
+
+    with fastgpt.backend("cpu"):
+        whole = both_ways(slice(None))
+        for first in (0, 700, 1023, 2045):
+            rows = slice(first, first + 3)
+            for got, alone in zip(whole, both_ways(rows), strict=True):
+                assert torch.equal(got[rows], alone)
