@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fastgpt.backends import native
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -19,12 +21,13 @@ def device(name: str | None) -> torch.device:
 
 
 def name_of(device: torch.device) -> str:
-    """What its maker calls the GPU or the CPU."""
+    """What its maker calls the GPU; or the CPU, and the level of the kernels that run on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     from cpuinfo import get_cpu_info  # type: ignore[import-untyped] # of pytest-benchmark
 
-    return str(get_cpu_info().get("brand_raw", "CPU"))
+    brand, level = get_cpu_info().get("brand_raw", "CPU"), native.cpu_isa()
+    return f"{brand} ({level})" if level else str(brand)
 
 
 def folder_of(device: torch.device) -> Path:

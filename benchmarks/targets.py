@@ -447,7 +447,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
     limits = roofs.cpu_roofs()
-    print(f"{machine.name_of(CPU)}, {native.cpu_isa()}, torch {torch.__version__}")
+    print(f"{machine.name_of(CPU)}, torch {torch.__version__}")
     print(describe(limits))
     columns = ("must", "aim", "ratio", "ours ms", "torch ms", "share")
     print(" " * 52 + "{:>7s}{:>7s}{:>8s}{:>11s}{:>11s}{:>7s}".format(*columns))
