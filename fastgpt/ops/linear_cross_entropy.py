@@ -152,17 +152,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:4]
         with without_grad():
             if ctx.kept:
-                dx, dweight, dbias = _scaled_gradients(ctx, dloss, saved)
-                dx, dweight = dx.to(x.dtype), dweight.to(weight.dtype)
+                grads = _scaled_gradients(ctx, dloss, saved)
             else:
                 run = dispatch.kernel(
                     "linear_cross_entropy", ctx.backend, "linear_cross_entropy_bwd"
                 )
-                dx, dweight, dbias = run(dloss.contiguous(), *saved, *ctx.options, *needed)
+                grads = run(dloss.contiguous(), *saved, *ctx.options, *needed)
             dx, dweight, dbias = (
-                g if n else None for g, n in zip((dx, dweight, dbias), needed, strict=True)
+                gradient.to(of.dtype) if need else None
+                for gradient, of, need in zip(grads, (x, weight, bias), needed, strict=True)
             )
-            dbias = None if dbias is None else dbias.to(bias.dtype)
         sources = (dloss, x, weight, bias, target)
         return None, *once("linear_cross_entropy", sources, dx, dweight, dbias), *(None,) * 4
 
@@ -212,11 +211,7 @@ def _linear_cross_entropy_bwd_fake(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape if need_dx else (0,)),
-        weight.new_empty(weight.shape if need_dweight else (0,)),
-        x.new_empty(weight.shape[0] if need_dbias else 0, dtype=statistics_dtype(x)),
-    )
+    return _empty_gradients(x, weight, x.dtype, need_dx, need_dweight, need_dbias)
 
 
 def _linear_cross_entropy_fwd_bwd_fake(
@@ -232,13 +227,18 @@ def _linear_cross_entropy_fwd_bwd_fake(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, ...]:
-    outputs = loss_outputs(x, reduction)
-    options = (ignore_index, reduction, label_smoothing)
     needed = (need_dx, need_dweight, need_dbias)
-    grads = _linear_cross_entropy_bwd_fake(
-        x, x, weight, bias, target, *outputs[1:], *options, *needed
+    return *loss_outputs(x, reduction), *_empty_gradients(x, weight, statistics_dtype(x), *needed)
+
+
+def _empty_gradients(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, dx: bool, dweight: bool, dbias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if dx else (0,), dtype=dtype),
+        x.new_empty(weight.shape if dweight else (0,), dtype=dtype),
+        x.new_empty(weight.shape[0] if dbias else 0, dtype=statistics_dtype(x)),
     )
-    return *outputs, *(g.to(statistics_dtype(x)) for g in grads)
 
 
 define(
