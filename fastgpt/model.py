@@ -191,7 +191,7 @@ class GPT(Decoder):
                 judged on labels[:, i + 1]; -100 is left out.
             cache: keys and values of the tokens before; extended by this call (inference only).
             return_logits: False, with labels, computes the loss from the hidden states by
-                `linear_cross_entropy` and never holds the (b, s, vocab_size) logits.
+                `linear_cross_entropy`, which never holds all of large (b, s, vocab_size) logits.
 
         Returns:
             GPTOutput(logits, loss).
@@ -220,7 +220,7 @@ class GPT(Decoder):
 
         Args:
             hidden: (b, s, n_embd), of which the logits are made here where there are none.
-            logits: (b, s, vocab_size), or None: `linear_cross_entropy` never holds them.
+            logits: (b, s, vocab_size), or None: `linear_cross_entropy` makes them in parts.
             labels: (b, s) that pass `check_labels`.
             reduction: "mean", "sum" or "none", the latter (b * s,).
         """

@@ -133,6 +133,26 @@ def test_ten_lengths_cost_at_most_two_compilations(backend: str) -> None:
     assert counter.frame_count <= 2
 
 
+@BACKENDS
+def test_ten_losses_cost_at_most_two_compilations(backend: str) -> None:
+    skip_unless_runs("linear_cross_entropy", backend)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    weight = torch.randn(11, 8, requires_grad=True)
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def loss_of(x: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = F.linear_cross_entropy(x, weight, target)
+        return loss
+
+    with fastgpt.backend(backend):
+        for rows in (2, 3, 7, 9, 16, 33, 40, 64, 65, 300):
+            x = torch.randn(rows, 8, requires_grad=True)
+            loss_of(x, torch.randint(11, (rows,))).backward()
+            assert x.grad.isfinite().all()
+    assert counter.frame_count <= 2
+
+
 class Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

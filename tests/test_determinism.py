@@ -34,6 +34,7 @@ MANY_TILES = {
     "attention": ("just_over_block", "window_across_blocks", "one_query", "everything"),
     "decode_attention": ("just_over_block",),
     "varlen_attention": ("just_over_block", "prime_lengths"),
+    "linear_cross_entropy": ("prime", "ignored_rows", "several_blocks_of_classes"),
 }
 
 OWN_KERNELS = [

@@ -141,10 +141,10 @@ void backward(const CrossEntropyBwd& p) {
         g = static_cast<const float*>(p.dloss.data)[o.reduction == Reduction::none ? i : 0];
       }
       if (o.reduction == Reduction::mean) g /= static_cast<const float*>(p.weight_sum.data)[0];
-      if (g != g) g = __builtin_nanf("");  // one that store_split takes
       const SplitLse lse(static_cast<const double*>(p.lse.data)[i]);
       const double picked_weight = hard * weight_of(p.weight, target);
-      const float of_p = static_cast<float>(g * (picked_weight + soft * all));
+      float of_p = static_cast<float>(g * (picked_weight + soft * all));
+      if (of_p != of_p) of_p = __builtin_nanf("");  // one that store_split takes
       const float of_weight = static_cast<float>(g * soft);
       const int64_t j = target - p.first_class;
       const bool here = j >= 0 && j < n;

@@ -4,7 +4,9 @@
 // walks k in blocks, packs b's block as (depth, panel) floats, which stay in L1 and L2, and takes a
 // in place where it is float32 rows, else packed. Sums run over k in ascending blocks, so that no
 // bit depends on how c is cut. bf16 times bf16 goes through VDPBF16PS where the level has it, in
-// pairs along k: read in place, or made of two rows by packing. The products are exact either way.
+// pairs along k: read in place, or made of two rows by packing (but b's columns, if they are not
+// pairs as they lie, go the way of floats). Products are exact, but that VDPBF16PS takes subnormals
+// as 0.
 // Flops: 2 m n k. Bytes: a once for 192 columns, b once for 256 rows, c once a block.
 // Source: Goto, van de Geijn 2008, https://doi.org/10.1145/1356052.1356053
 #include "csrc/cpu/attention_pairs.h"

@@ -50,8 +50,9 @@ FASTGPT_INLINE void prefetch_row(const T* row, int d) {
 
 constexpr int kSums = 8;  // reduced together
 
-// s (R, kBlockKeys) of a block of keys, times scale; q (R, padded(d)). Asks for the rows of v, and
-// of k where its rows are long: what fetches them unasked stops at every page. D: d, or 0 for any.
+// s (R, kBlockKeys) of a block of keys, times scale; q (R, padded(d)). Asks for the rows of v and
+// for the next of k, those of floats twice: what fetches them unasked stops at every page. D: d, or
+// 0 for any.
 template <typename T, int R, int D>
 void score_keys(const float* q, const Block<T>& k, const Block<T>& v, int any_d, float scale,
                 float* s) {

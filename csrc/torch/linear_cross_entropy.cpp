@@ -3,15 +3,18 @@
 // are summed in float32 and rounded once. Scratch does not grow with the number of rows or classes:
 // at most about 64 MiB on the CPU; on a GPU 64 MiB of logits, and backward 160 MiB more of factors,
 // products and sums where c is 4096.
-// fwd_bwd, of a CPU, keeps the logits of as many rows as Python found to fit, all their classes,
-// and computes the gradients from them at once, instead of computing the logits again. A GPU, and a
-// CPU that multiplies bf16, take dlogits rounded to the dtype of x. dloss waits for the end where
-// all rows share it, and so does their number on a GPU, where they then have the size of p, and not
-// of p / r, which float16 could not hold. Flops: 2 r v c forward, 6 r v c backward; 6 r v c both in
-// fwd_bwd.
+// fwd_bwd, of a CPU, takes the logits of as many rows at a time as the caller says, all their
+// classes, and computes the gradients from them instead of computing the logits again.
+//
+// A GPU, and a CPU that multiplies bf16, take dlogits rounded to the dtype of x. dloss waits for
+// the end where all rows share it, and so does their number on a GPU, where they then have the size
+// of p, and not of p / r, which float16 could not hold.
+//
+// Flops: 2 r v c forward, 6 r v c backward; 6 r v c for both in fwd_bwd.
 #include "csrc/ops/linear_cross_entropy.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "csrc/torch/common.h"
@@ -250,7 +253,9 @@ class Gradients {
     torch::stable::zero_(dbias_);
     if (x.size(0) == 0) torch::stable::zero_(dweight_);
     const bool on_gpu = runs_cuda_kernels(x), wide = x.scalar_type() == ScalarType::Float;
-    if (options.reduction != Reduction::none && !(on_gpu && wide)) {
+    // Not where it is no number, and would reach the zeros of ignored rows.
+    const bool waits = on_gpu ? !wide : !loss.dlosses || std::isfinite(*host_float(loss.dlosses));
+    if (options.reduction != Reduction::none && waits) {
       std::swap(factor_.numerator, loss_.dlosses);
       if (on_gpu && options.reduction == Reduction::mean) {
         factor_.divisor = loss.total;
@@ -309,6 +314,8 @@ class Gradients {
   }
 
  private:
+  static const float* host_float(const TensorRef& t) { return static_cast<const float*>(t.data); }
+
   static Tensor empty_if(bool needed, const Tensor& like, int64_t rows, ScalarType dtype) {
     return needed ? empty(like, {rows, like.size(1)}, dtype) : empty(like, {0}, dtype);
   }
@@ -369,9 +376,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
   const CrossEntropyOptions options{v, ignore_index, static_cast<Reduction>(reduction),
                                     label_smoothing};
   check_targets(target, r, options);
-  require(
-      x.is_cpu() && !runs_cuda_kernels(x) && on_device(x, weight) && on_device(x, bias) && r > 0,
-      "x");
+  require(x.is_cpu() && !runs_cuda_kernels(x) && on_device(x, weight) && on_device(x, bias) &&
+              on_device(x, target) && r > 0,
+          "x");
   require(options.reduction != Reduction::none, "reduction");
   require(kept > 0, "rows_kept");
   const Blocks blocks(x, weight, bias, kept);

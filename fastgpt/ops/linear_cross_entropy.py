@@ -1,7 +1,8 @@
-"""linear_cross_entropy: the output projection and its loss, without ever holding the logits."""
+"""linear_cross_entropy: the output projection and its loss, with a bound on the logits held."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(input @ linear_weight.T + linear_bias, target) in blocks of rows and classes.
 
-    The (n, v) logits never exist as a whole, forward or backward: the memory for them is bounded.
-    On a CPU a loss that is recorded for its gradient brings it along where it can, which spares
-    computing the logits a second time: the backward then only multiplies.
+    Of the (n, v) logits at most 32 MiB exist at a time on a CPU, 64 MiB on a GPU, forward and
+    backward. Where a CPU records a loss for its gradient, the gradient mostly comes with it, which
+    spares computing the logits a second time: it is held until the backward, which only multiplies
+    it by dloss. Evaluate under `torch.no_grad()`, which computes no gradient.
 
     Args:
         input: hidden states (..., c), float32, bfloat16 or float16 (float64: reference).
@@ -99,22 +101,27 @@ def linear_cross_entropy(
 
 
 _MOST_FLOATS = 1 << 23
-"""Logits that are kept from a loss to its gradient, and sums of narrow gradients: 32 MiB each."""
+"""Logits that give a loss and its gradients at once, and float32 sums of narrow ones: 32 MiB."""
+_PADDING = 16
+"""Floats between the logits of two rows."""
 _FEWEST_ROWS = 128
 """Fewer rows at a time do not pay for passing over the gradient of the weight."""
 
 
 def _rows_kept(backend: str, x: Tensor, weight: Tensor, reduction: int) -> int:
-    """How many rows' logits are kept at a time to give the gradients with the loss; 0: none."""
+    """Of how many rows the logits are kept, at most, to give gradients with the loss; 0: of none.
+
+    Not a function of the number of rows itself, which a compiled graph leaves open.
+    """
     if backend != "cpu" or reduction == REDUCTIONS["none"] or x.shape[0] == 0:
         return 0
-    if x.dtype != torch.float32 and weight.numel() > _MOST_FLOATS:
+    narrow = x.dtype != torch.float32
+    if narrow and (weight.numel() > _MOST_FLOATS or x.numel() > _MOST_FLOATS):
         return 0
-    rows, most = x.shape[0], _MOST_FLOATS // weight.shape[0]
-    if rows <= most:
-        return rows
-    several = x.dtype == torch.float32 and most >= _FEWEST_ROWS
-    return most // _FEWEST_ROWS * _FEWEST_ROWS if several else 0
+    most = _MOST_FLOATS // (weight.shape[0] + _PADDING)
+    if x.shape[0] <= most:
+        return most
+    return 0 if narrow or most < _FEWEST_ROWS else most // _FEWEST_ROWS * _FEWEST_ROWS
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -171,14 +178,19 @@ def _scaled_gradients(ctx: Any, dloss: Tensor, saved: tuple[Tensor, ...]) -> lis
 
     That memory is given away to the first backward; a second one computes it again.
     """
-    if torch.compiler.is_compiling():
+    if len(saved) > 6:
         return [gradient * dloss for gradient in saved[6:]]
+    known = type(dloss) is Tensor and not torch.compiler.is_compiling()
+    factor = dloss.item() if known else None
+    needed = ctx.needs_input_grad[1:4]
+    if factor is not None and not math.isfinite(factor):  # the zeros of ignored rows stay zeros
+        run = dispatch.kernel("linear_cross_entropy", ctx.backend, "linear_cross_entropy_bwd")
+        return list(run(dloss.contiguous(), *saved, *ctx.options, *needed))
     grads, ctx.given = ctx.given, None
     if grads is None:
         run = dispatch.kernel("linear_cross_entropy", ctx.backend, "linear_cross_entropy_fwd_bwd")
-        needed = ctx.needs_input_grad[1:4]
         grads = run(*saved[:4], *ctx.options, ctx.kept, *needed)[3:]
-    if dloss.item() != 1.0:
+    if factor != 1.0:
         for gradient in grads:
             gradient.mul_(dloss)
     return list(grads)
@@ -258,7 +270,7 @@ define(
 define(
     "linear_cross_entropy_fwd_bwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, int reduction,"
-    " float label_smoothing, int rows_kept, bool need_dx, bool need_dweight, bool need_dbias)"
+    " float label_smoothing, SymInt rows_kept, bool need_dx, bool need_dweight, bool need_dbias)"
     " -> (Tensor loss, Tensor lse, Tensor weight_sum, Tensor dx, Tensor dweight, Tensor dbias)",
     _linear_cross_entropy_fwd_bwd_fake,
 )

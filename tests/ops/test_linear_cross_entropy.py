@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgpt
 from fastgpt import dispatch
@@ -156,7 +157,7 @@ def test_several_blocks_of_rows(backend: str) -> None:
     assert not found, "\n".join(found)
 
 
-ROWS_KEPT = {"all": 300 * 65, "lots": 299 * 65, "none": 0}
+ROWS_KEPT = {"all": 300 * (65 + 16), "lots": 299 * (65 + 16), "none": 0}
 """Floats that may be kept for the 300 rows below; lots of rows are for float32 alone."""
 
 
@@ -188,6 +189,41 @@ def test_gradients_with_the_loss_and_after_it(
         assert not found, "\n".join(found)
     same_bits("none kept", results["none"], results["all"])
     same_bits("lots", results["lots"], {n: results["all"][n] for n in ("loss", "dinput")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_several_blocks_of_both(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that are computed again, as where they do not fit."""
+    skip_unless_runs(SPEC.op, "cpu", dtype)
+    monkeypatch.setattr(linear_cross_entropy, "_MOST_FLOATS", 0)
+    rows = case("both", 530, 8, v=4099, bias=True, ignored=0.1, label_smoothing=0.1)
+    want = expected(SPEC, rows, dtype)
+    with fastgpt.backend("cpu"):
+        found = judge(SPEC, want, run(SPEC, SPEC.function, want.inputs, want.outgoing, CPU))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("floats", [0, 1 << 23])
+def test_ignored_rows_stay_zero_under_an_infinite_gradient(
+    floats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_unless_runs(SPEC.op, "cpu")
+    monkeypatch.setattr(linear_cross_entropy, "_MOST_FLOATS", floats)
+    x, weight = torch.randn(2, 8, requires_grad=True), torch.randn(5, 8)
+    with fastgpt.backend("cpu"):
+        (F.linear_cross_entropy(x, weight, torch.tensor([3, -100])) * torch.inf).backward()
+    assert x.grad is not None
+    assert not x.grad[0].isfinite().any()
+    assert not x.grad[1].any()
+
+
+def test_shapes_alone_are_differentiated() -> None:
+    skip_unless_runs(SPEC.op, "cpu")
+    with FakeTensorMode(), fastgpt.backend("cpu"):
+        x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+        loss = F.linear_cross_entropy(x, weight, torch.zeros(6, dtype=torch.int64))
+        shapes = [g.shape for g in torch.autograd.grad(loss, (x, weight))]
+    assert shapes == [(6, 8), (5, 8)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
