@@ -32,7 +32,7 @@ def name_of(device: torch.device) -> str:
 
 def folder_of(device: torch.device) -> Path:
     """benchmarks/results/<machine>, the name in lower case with dashes."""
-    return RESULTS / re.sub(r"\W+", "-", name_of(device)).strip("-").lower()
+    return RESULTS / re.sub(r"[\W_]+", "-", name_of(device)).strip("-").lower()
 
 
 def roofs(device: torch.device) -> dict[str, Any]:
