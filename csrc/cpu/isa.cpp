@@ -76,7 +76,7 @@ void matrix_product(const MatrixProduct& p) {
   active().matrix_product(p);
 }
 bool multiplies_bf16() {
-  return isa_level() == IsaLevel::v4_bf16;
+  return active().multiplies_bf16;
 }
 void add_column_sums(const AddColumnSums& p) {
   active().add_column_sums(p);

@@ -31,6 +31,7 @@ struct CpuKernels {
   void (*matrix_product)(const MatrixProduct&);
   void (*add_column_sums)(const AddColumnSums&);
   void (*add_scaled)(const AddScaled&);
+  bool multiplies_bf16;
 };
 
 #if defined(FASTGPT_ISA)

@@ -27,8 +27,7 @@ void add_scaled(const AddScaled& p) {
     factor = divisor == 0.0f ? 0.0f : factor / divisor;
   }
   const Vec scale = set1(factor);
-  const bool plain = factor == 1.0f && !p.a;
-  if (plain && p.b.data == p.to.data) return;
+  if (factor == 1.0f && !p.a && p.b.data == p.to.data) return;
   parallel_for(r, kGrainElements / (n + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* a = p.a ? row_of<float>(p.a, row) : nullptr;

@@ -214,7 +214,8 @@ struct Factor {
 
 // to = factor sum.
 void round_to(const TensorRef& to, const TensorRef& sum, const Factor& factor, const Tensor& like) {
-  if (has_no_elements(to) || (to.data == sum.data && !factor.numerator)) return;
+  const bool same = to.data == sum.data && !factor.numerator && !factor.divisor;
+  if (has_no_elements(to) || same) return;
   const AddScaled p{TensorRef{}, sum, to, factor.numerator, factor.divisor};
   run_on_device_of(
       like, [&] { cpu::add_scaled(p); }, [&](void* stream) { cuda::add_scaled(p, stream); });
@@ -391,7 +392,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
   Gradients gradients(x, weight, target, blocks, options, {TensorRef{}, view(total)},
                       {need_dx, need_dweight, need_dbias}, Narrow::kSums);
 
-  constexpr int64_t kPadding = 16;  // keeps the rows off the same sets of the cache
+  constexpr int64_t kPadding = 16;  // keeps rows off the same sets of the cache; Python counts it
   const Tensor logits = empty(x, {std::min(kept, r), v + kPadding}, ScalarType::Float);
   for (int64_t begin = 0; begin < r; begin += kept) {
     const int64_t end = std::min(begin + kept, r);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def linear_cross_entropy(
 _MOST_FLOATS = 1 << 23
 """Logits that give a loss and its gradients at once, and float32 sums of narrow ones: 32 MiB."""
 _PADDING = 16
-"""Floats between the logits of two rows."""
+"""Floats between the logits of two rows, as the kernel lays them out."""
 _FEWEST_ROWS = 128
 """Fewer rows at a time do not pay for passing over the gradient of the weight."""
 
@@ -158,13 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x, weight, bias, target = saved[:4]
         needed = ctx.needs_input_grad[1:4]
         with without_grad():
-            if ctx.kept:
-                grads = _scaled_gradients(ctx, dloss, saved)
-            else:
-                run = dispatch.kernel(
-                    "linear_cross_entropy", ctx.backend, "linear_cross_entropy_bwd"
-                )
-                grads = run(dloss.contiguous(), *saved, *ctx.options, *needed)
+            grads = _gradients(ctx, dloss, saved, needed)
             dx, dweight, dbias = (
                 gradient.to(of.dtype) if need else None
                 for gradient, of, need in zip(grads, (x, weight, bias), needed, strict=True)
@@ -173,27 +168,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return None, *once("linear_cross_entropy", sources, dx, dweight, dbias), *(None,) * 4
 
 
-def _scaled_gradients(ctx: Any, dloss: Tensor, saved: tuple[Tensor, ...]) -> list[Tensor]:
-    """dloss times what came with the loss, in float32.
+def _gradients(
+    ctx: Any, dloss: Tensor, saved: tuple[Tensor, ...], needed: tuple[bool, ...]
+) -> Sequence[Tensor]:
+    """dloss times those of x (r, c), weight (v, c) and bias (v,), of the op or in float32.
 
-    That memory is given away to the first backward; a second one computes it again.
+    What came with the loss is given away to the first backward; a second one computes it again.
     """
     if len(saved) > 6:
         return [gradient * dloss for gradient in saved[6:]]
-    known = type(dloss) is Tensor and not torch.compiler.is_compiling()
+    known = ctx.kept and type(dloss) is Tensor and not torch.compiler.is_compiling()
     factor = dloss.item() if known else None
-    needed = ctx.needs_input_grad[1:4]
-    if factor is not None and not math.isfinite(factor):  # the zeros of ignored rows stay zeros
+    # An infinite factor must not reach the zeros of ignored rows.
+    if not ctx.kept or not (factor is None or math.isfinite(factor)):
         run = dispatch.kernel("linear_cross_entropy", ctx.backend, "linear_cross_entropy_bwd")
-        return list(run(dloss.contiguous(), *saved, *ctx.options, *needed))
-    grads, ctx.given = ctx.given, None
-    if grads is None:
+        gradients: Sequence[Tensor] = run(dloss.contiguous(), *saved, *ctx.options, *needed)
+        return gradients
+    gradients, ctx.given = ctx.given, None
+    if gradients is None:
         run = dispatch.kernel("linear_cross_entropy", ctx.backend, "linear_cross_entropy_fwd_bwd")
-        grads = run(*saved[:4], *ctx.options, ctx.kept, *needed)[3:]
+        gradients = run(*saved[:4], *ctx.options, ctx.kept, *needed)[3:]
     if factor != 1.0:
-        for gradient in grads:
+        for gradient in gradients:
             gradient.mul_(dloss)
-    return list(grads)
+    return gradients
 
 
 def _linear_cross_entropy_fwd_fake(

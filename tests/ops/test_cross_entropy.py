@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastgpt
 from fastgpt import dispatch
 from fastgpt import functional as F
 from tests.contract import (
@@ -156,3 +157,14 @@ def test_a_row_has_the_same_bits_wherever_it_lies(backend: str, v: int) -> None:
     _, together, _ = forward(x, target, None, -100, 0, 0.0)
     alone = [forward(x[i : i + 1].clone(), target[i : i + 1], None, -100, 0, 0.0) for i in range(6)]
     assert torch.equal(together, torch.cat([lse for _, lse, _ in alone]))
+
+
+def test_a_nan_of_any_bits_among_the_weights_is_a_nan() -> None:
+    """Rounded as a number, one of all ones would come out as 0."""
+    skip_unless_runs(SPEC.op, "cpu", torch.bfloat16)
+    x = torch.randn(3, 96, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.full((96,), -1, dtype=torch.int32).view(torch.float32)
+    with fastgpt.backend("cpu"):
+        F.cross_entropy(x, torch.tensor([1, 40, 95]), weight, reduction="sum").backward()
+    assert x.grad is not None
+    assert x.grad.isnan().all()
