@@ -191,8 +191,11 @@ _logging = os.environ.get("FASTGPT_LOG") == "1"
 _logged: set[tuple[str, str, str]] = set()
 
 
-def _variant(backend: str, features: dict[str, Any]) -> str:
+def _variant(op: str, backend: str, tensor: Tensor, head_dim: int, features: dict[str, Any]) -> str:
     base = {"cpu": native.cpu_isa() or "generic", "reference": "plain torch"}.get(backend, backend)
+    if backend == "cuda":
+        more = any(features[name] for name in features.keys() - {"causal", "window"})
+        base = native.cuda_kernel(op, tensor, head_dim, more)
     parts = [
         name if value is True else f"{name}={value}"
         for name, value in features.items()
@@ -254,7 +257,8 @@ def pick(op: str, tensor: Tensor, *, head_dim: int = 0, **features: Any) -> str:
             if name != chosen
             for why in [refusal(op, name, device, dtype, head_dim)]
         }
-        _observe(Choice(op, chosen, _variant(chosen, features), reasons))
+        variant = _variant(op, chosen, tensor, head_dim, features)
+        _observe(Choice(op, chosen, variant, reasons))
     return chosen
 
 

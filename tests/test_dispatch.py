@@ -140,6 +140,33 @@ def test_explain_names_op_backend_and_variant(name: str, monkeypatch) -> None:
         assert f"window={kwargs['window']}" in text
 
 
+@pytest.mark.skipif(native.EXTENSION_MISSING is not None, reason="what _C knows")
+@pytest.mark.parametrize(
+    ("capability", "compiled", "arguments", "variant"),
+    [
+        ((9, 0), ("sm_80", "sm_90"), {}, "sm_90 wgmma, causal"),
+        ((9, 0), ("sm_80", "sm_90"), {"window": 2}, "sm_90 wgmma, causal, window=2"),
+        ((9, 0), ("sm_80",), {}, "sm_90 mma.sync, causal"),
+        ((8, 0), ("sm_80", "sm_90"), {}, "sm_80 mma.sync, causal"),
+        ((9, 0), ("sm_90",), {"dtype": torch.float32}, "sm_90 mma.sync, causal"),
+        ((9, 0), ("sm_90",), {"head_dim": 256}, "sm_90 mma.sync, causal"),
+        ((9, 0), ("sm_90",), {"dropout_p": 0.5}, "sm_90 mma.sync, causal, dropout"),
+        ((9, 0), ("sm_90",), {"scale": -1.0}, "sm_90 mma.sync, causal, negative_scale"),
+    ],
+)
+def test_explain_names_the_tensor_cores_of_a_gpu(
+    capability, compiled, arguments, variant, monkeypatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_choice", lambda *_: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(native, "gpu_architectures", lambda: compiled)
+    arguments = dict(arguments)
+    dtype, d = arguments.pop("dtype", torch.bfloat16), arguments.pop("head_dim", 64)
+    q = torch.randn(1, 2, 4, d, dtype=dtype)
+    assert first_line(F.attention, q, q, q, **arguments) == f"attention: cuda ({variant})"
+    assert first_line(F.layer_norm, ROWS, 8).startswith("layer_norm: cuda (sm_")
+
+
 def test_explain_follows_the_forced_backend() -> None:
     with fastgpt.backend("reference"):
         assert first_line(F.layer_norm, ROWS, 8) == "layer_norm: reference (plain torch)"

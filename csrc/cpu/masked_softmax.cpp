@@ -57,10 +57,9 @@ void forward(const MaskedSoftmaxFwd& p) {
   const int64_t item_rows = kItemElements / sk + 1;
   const int64_t items = (rows + item_rows - 1) / item_rows;
   const int workers = worker_count(items);
-  const int64_t floats = sk + row_blocks(sk);
-  const Scratch scratch(workers * floats * sizeof(float));
+  const WorkerScratch scratch(workers, (sk + row_blocks(sk)) * sizeof(float));
   parallel_items(items, workers, [&](int64_t item, int worker) {
-    float* e = scratch.at() + worker * floats;
+    float* e = scratch.of(worker);
     const int64_t end = (item + 1) * item_rows < rows ? (item + 1) * item_rows : rows;
     for (int64_t row = item * item_rows; row < end; ++row) {
       const Keys keys = visible_keys(row % sq, sq, sk, p.band);

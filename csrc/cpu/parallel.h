@@ -45,7 +45,18 @@ void parallel_items(int64_t n, int workers, const F& f) {
   });
 }
 
-// How many workers parallel_items may use for n items.
+// f(begin, end, worker) on one range of [0, n) for each worker: where items are alike, so that
+// neighbours, whose results share cache lines, are mostly of one thread. f must not throw.
+template <typename F>
+void parallel_ranges(int64_t n, int workers, const F& f) {
+  parallel_for(workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t worker = first; worker < last; ++worker) {
+      f(n * worker / workers, n * (worker + 1) / workers, static_cast<int>(worker));
+    }
+  });
+}
+
+// How many workers may be used for n items.
 inline int worker_count(int64_t n) {
   const int threads = max_threads();
   return n < threads ? static_cast<int>(n) : threads;
@@ -71,6 +82,20 @@ class Scratch {
 
  private:
   void* data_;
+};
+
+// As much scratch for each worker, none of it on a cache line of another's or on the one beside it,
+// which is fetched along.
+class WorkerScratch {
+ public:
+  WorkerScratch(int workers, size_t bytes)
+      : bytes_((bytes + 127) / 128 * 128), all_(workers * bytes_) {}
+
+  float* of(int worker) const { return all_.at(worker * bytes_); }
+
+ private:
+  size_t bytes_;
+  Scratch all_;
 };
 
 }  // namespace FASTGPT_ISA

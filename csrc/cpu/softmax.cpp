@@ -1,7 +1,7 @@
 // y = exp(x - max x) / sum(exp(x - max x)) over the last axis; dx = y * (dy - sum(dy * y)).
 //
-// Plan: items of a few rows handed to the threads; a row is walked in blocks that stay in L1, its
-// running maximum and sum corrected whenever a block raises the maximum (online softmax).
+// Plan: a range of rows for each thread; a row is walked in blocks that stay in L1, its running
+// maximum and sum corrected whenever a block raises the maximum (online softmax).
 // Bytes: forward reads x and writes y, backward reads dy and y and writes dx (r n each). Flops:
 // about 20 n a row forward (one exp2 per entry), 4 n backward: memory-bound.
 // Source: Milakov, Gimelshein 2018, https://arxiv.org/abs/1805.02867
@@ -21,16 +21,12 @@ constexpr int64_t kItemElements = 16384;  // below this a second thread costs mo
 template <typename T, typename Y>
 void forward(const SoftmaxFwd& p) {
   const int64_t r = p.x.size[0], n = p.x.size[1];
-  const int64_t item_rows = kItemElements / n + 1;
-  const int64_t items = (r + item_rows - 1) / item_rows;
-  const int workers = worker_count(items);
-  const int64_t floats = n + row_blocks(n);
+  const int workers = worker_count(r * n / kItemElements + 1);
   const bool streaming = streams(p.y, 2);
-  const Scratch scratch(workers * floats * sizeof(float));
-  parallel_items(items, workers, [&](int64_t item, int worker) {
-    float* e = scratch.at() + worker * floats;
-    const int64_t end = (item + 1) * item_rows < r ? (item + 1) * item_rows : r;
-    for (int64_t row = item * item_rows; row < end; ++row) {
+  const WorkerScratch scratch(workers, (n + row_blocks(n)) * sizeof(float));
+  parallel_ranges(r, workers, [&](int64_t begin, int64_t end, int worker) {
+    float* e = scratch.of(worker);
+    for (int64_t row = begin; row < end; ++row) {
       softmax_row(row_of<T>(p.x, row), n, 1.0f, __builtin_nanf(""), row_of<T>(p.x, row + 1),
                   streaming, row_of<Y>(p.y, row), e, e + n);
     }

@@ -338,11 +338,9 @@ __device__ inline void clear_rows(T* g_rows, int64_t stride, int count, int d) {
 
 // ---- which kernel ----
 
-// Whether the kernels for warpgroups take them, on a GPU that has warpgroups.
 static inline bool for_warpgroups(const AttentionProblem& p) {
 #if defined(FASTGPT_SM90)
-  return compute_capability() == 90 && p.in.q.dtype != DType::f32 && p.d >= 16 && p.d <= 128 &&
-         !has_features(p.in);
+  return suits_warpgroups(p.in.q.dtype, p.d, has_features(p.in), compute_capability());
 #else
   static_cast<void>(p);
   return false;

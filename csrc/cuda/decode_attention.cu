@@ -1,11 +1,13 @@
 // The t newest queries of each sequence over its cache: query i stands at position total - t + i,
 // position p lives in slot p (mod capacity in a ring). out = softmax(scale q k^T) v.
 //
-// Plan: a block takes up to 16 of the queries that share a key head over one split of the keys that
-// they see; its warps take tiles in turn, each on its own, with two tiles on their way. The warps
-// and then the splits (a second kernel) are merged in ascending order. The keys of a split depend
-// on the capacity, t, window, d and dtype alone; lengths are read on the device. New keys are read
-// from k_new by everyone, and copied to their slots, which nobody reads, by the blocks in turn.
+// Plan: a block takes up to 16 of the queries that share a key head over a run of splits of the
+// keys that they see; its warps take tiles in turn, each on its own, with two tiles on their way,
+// those of the next split under the end of the last. The warps of a split and then the splits (a
+// second kernel) are merged in ascending order. The keys of a split depend on the capacity, t,
+// window, d and dtype alone, and how many splits make a run changes no bit; lengths are read on the
+// device. New keys are read from k_new by everyone, and copied to their slots, which nobody reads,
+// by the blocks in turn.
 // Bytes: the visible k and v once for 8 (float) or 16 queries. Flops: 4 t d a key and query head.
 // Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
 #include <algorithm>
@@ -21,8 +23,11 @@ namespace {
 constexpr int kStages = 2;
 constexpr int kMostSplits = 64;
 constexpr int64_t kSplitBytes = 65536;      // less would be merged no sooner than it is read
+constexpr int64_t kFewestKeys = 64;         // of a split, whose keys are a multiple of so many
 constexpr int64_t kFar = int64_t{1} << 61;  // sums of a few such positions do not overflow
 constexpr int kMergeSplits = 8;             // that a block of the merge adds at once
+constexpr int64_t kMostRun = 16;            // more would leave ragged sequences to few blocks
+constexpr int64_t kBlocksWanted = 4;        // of a multiprocessor that holds two at a time
 
 struct DecodePlan {
   int hk, group, t;
@@ -30,6 +35,8 @@ struct DecodePlan {
   int row_blocks;  // of a key head
   int splits;
   int split_keys;
+  int run;         // splits of a block
+  int runs;        // of a sequence
   int64_t window;  // 0: none
   bool aligned;    // chunks of 16 bytes, else single elements
 };
@@ -43,10 +50,10 @@ struct Layout {
   using Tile = DecodeTile<T, kD, kRows>;
   static constexpr int kTileChunks = Tile::kKeys * Tile::kChunks;
   static constexpr int kStageChunks = kWarps<kD> * 2 * kTileChunks;  // k and v of every warp
-  static constexpr int kBytes = (kStages * kStageChunks + kRows * Tile::kChunks) * kChunkBytes;
+  static constexpr int kQueryChunks = kRows * Tile::kChunks;
   static constexpr int kResultFloats = kRows * (WarpResult<kD>::kStep + 2);  // of a warp
-  static_assert(kWarps<kD> * kResultFloats * sizeof(float) <= kStages * kStageChunks * kChunkBytes,
-                "the results of the warps take the place of the tiles");
+  static constexpr int kBytes = (kStages * kStageChunks + kQueryChunks) * kChunkBytes +
+                                kWarps<kD> * kResultFloats * static_cast<int>(sizeof(float));
 };
 
 __device__ int64_t count_at(const TensorRef& counts, int64_t b) {
@@ -129,23 +136,23 @@ __device__ KeyRows<T> key_rows(const TensorRef& cache, const TensorRef& rows, in
   return KeyRows<T>{row_at<const T>(cache, b, h, 0), cache.stride[2], g_new, rows.stride[2]};
 }
 
-// The n keys of a split: the first `cached` of them in the slots from `slot` on, 0 following the
-// last one of a ring; key i of the others is new row i + new_row.
-struct SplitKeys {
+// The n keys of a run: the first `cached` of them in the slots from `slot` on, 0 following the last
+// one of a ring; key i of the others is new row i + new_row.
+struct RunKeys {
   int n, cached;
   int64_t slot, capacity, new_row;
 };
 
-__device__ SplitKeys split_keys(const DecodeAttention& p, const Visible& v, int64_t first, int n) {
+__device__ RunKeys run_keys(const DecodeAttention& p, const Visible& v, int64_t first, int n) {
   const int64_t capacity = p.k_cache.size[2];
   const int cached = p.k_new.data == nullptr ? n : clamp(v.length - first, 0, n);
-  return SplitKeys{n, cached, p.ring ? first % capacity : first, capacity, first - v.length};
+  return RunKeys{n, cached, p.ring ? first % capacity : first, capacity, first - v.length};
 }
 
-// A warp asks for its tiles of k and of v that begin at key `first`; keys beyond the split are
+// A warp asks for its tiles of k and of v that begin at key `first`; keys beyond the run are
 // zeros. It waits where rows are not aligned, which changes no bit.
 template <typename Tile, typename T>
-__device__ void copy_tiles(uint4* s_k, uint4* s_v, const SplitKeys& keys, const KeyRows<T>& k,
+__device__ void copy_tiles(uint4* s_k, uint4* s_v, const RunKeys& keys, const KeyRows<T>& k,
                            const KeyRows<T>& v, int first, int d, bool aligned) {
   constexpr int kPack = kChunkBytes / sizeof(T);
 #pragma unroll 4
@@ -262,21 +269,25 @@ __global__ void __launch_bounds__(kWarps<kD>* kWarp, 2)
   const int d = static_cast<int>(p.q.size[3]), rows = plan.group * plan.t;
   const int block = static_cast<int>(blockIdx.x);
   const int row_block = block % plan.row_blocks;  // fastest: they read the same keys
-  const int split = block / plan.row_blocks % plan.splits;
-  const int unit = block / plan.row_blocks / plan.splits;
+  const int run = block / plan.row_blocks % plan.runs;
+  const int unit = block / plan.row_blocks / plan.runs;
   const int b = unit / plan.hk, head = unit % plan.hk;
   const Visible v = visible_keys(p, plan, b, row_block);
-  const int64_t first = v.begin + split * static_cast<int64_t>(plan.split_keys);
-  const int n = clamp(v.end - first, 0, plan.split_keys);
+  const int first_split = run * plan.run;
+  const int64_t first = v.begin + first_split * static_cast<int64_t>(plan.split_keys);
+  const int n = clamp(v.end - first, 0, plan.run * int64_t{plan.split_keys});
 
-  if (n > 0 || split == 0) {
+  if (n > 0 || run == 0) {
     uint4* s_tiles = reinterpret_cast<uint4*>(shared);
     uint4* s_q = s_tiles + kStages * Shape::kStageChunks;
+    float* s_results = reinterpret_cast<float*>(s_q + Shape::kQueryChunks);
+    float* s_states = s_results + kWarps<kD> * kRows * WarpResult<kD>::kStep;
     const int warp = threadIdx.x / kWarp;
-    const SplitKeys keys = split_keys(p, v, first, n);
+    const RunKeys keys = run_keys(p, v, first, n);
     const KeyRows<T> k_rows = key_rows<T>(p.k_cache, p.k_new, b, head);
     const KeyRows<T> v_rows = key_rows<T>(p.v_cache, p.v_new, b, head);
     constexpr int kStep = kWarps<kD> * Tile::kKeys;
+    static_assert(kFewestKeys % kStep == 0, "a warp's tiles go on from split to split");
     const auto tile_of = [&](int stage) {
       return s_tiles + stage * Shape::kStageChunks + warp * 2 * Shape::kTileChunks;
     };
@@ -290,7 +301,7 @@ __global__ void __launch_bounds__(kWarps<kD>* kWarp, 2)
     ask(0, warp * Tile::kKeys);
 
     const int row0 = row_block * kRows;
-    for (int at = threadIdx.x; at < kRows * Tile::kChunks; at += blockDim.x) {
+    for (int at = threadIdx.x; at < Shape::kQueryChunks; at += blockDim.x) {
       const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
       uint4 r_q{};
       if (row0 + row < rows) {
@@ -306,28 +317,30 @@ __global__ void __launch_bounds__(kWarps<kD>* kWarp, 2)
       s_bounds[kRows + threadIdx.x] = clamp(own + 1, 0, n);
     }
     __syncthreads();
-    Tile tile(s_bounds, p.scale * kLog2E);
-    int stage = 0;
-    for (int key = warp * Tile::kKeys; key < n; key += kStep) {
-      ask(stage ^ 1, key + kStep);
-      wait_copies<1>();
-      __syncwarp();  // the copies of the other lanes
-      tile.absorb(s_q, tile_of(stage), tile_of(stage) + Shape::kTileChunks, key);
-      __syncwarp();  // all have read the tile that the next round overwrites
-      stage ^= 1;
-    }
+    int stage = 0, key = warp * Tile::kKeys, split = first_split, begin = 0;
+    do {
+      const int end = min(begin + plan.split_keys, n);
+      Tile tile(s_bounds, p.scale * kLog2E);
+      for (; key < end; key += kStep) {
+        ask(stage ^ 1, key + kStep);
+        wait_copies<1>();
+        __syncwarp();  // the copies of the other lanes
+        tile.absorb(s_q, tile_of(stage), tile_of(stage) + Shape::kTileChunks, key);
+        __syncwarp();  // all have read the tile that the next round overwrites
+        stage ^= 1;
+      }
+      if (begin > 0) __syncthreads();  // the results of the last split have been read
+      tile.save(WarpResult<kD>{s_results + warp * kRows * WarpResult<kD>::kStep,
+                               s_states + warp * 2 * kRows});
+      __syncthreads();
+      merge_warps<T, kD, kRows>(p, plan, unit, split, row0, s_results, s_states, to);
+      ++split;
+      begin += plan.split_keys;
+    } while (begin < n);
     wait_copies<0>();
-    __syncthreads();  // nobody reads tiles any more
-
-    float* s_results = reinterpret_cast<float*>(shared);
-    float* s_states = s_results + kWarps<kD> * kRows * WarpResult<kD>::kStep;
-    tile.save(WarpResult<kD>{s_results + warp * kRows * WarpResult<kD>::kStep,
-                             s_states + warp * 2 * kRows});
-    __syncthreads();
-    merge_warps<T, kD, kRows>(p, plan, unit, split, row0, s_results, s_states, to);
   }
   if (p.k_new.data != nullptr) {
-    const int index = split * plan.row_blocks + row_block, blocks = plan.splits * plan.row_blocks;
+    const int index = run * plan.row_blocks + row_block, blocks = plan.runs * plan.row_blocks;
     append<T>(p, p.k_cache, p.k_new, b, head, v.length, index, blocks);
     append<T>(p, p.v_cache, p.v_new, b, head, v.length, index, blocks);
   }
@@ -415,14 +428,19 @@ DecodePlan plan_decode(const DecodeAttention& p, int64_t columns) {
   const bool banded = p.window > 0 && (p.ring || p.window < capacity);
   plan.window = banded ? std::min(p.window, kFar) : 0;
   const int64_t span = banded ? std::min(capacity, plan.window + t - 1) : capacity;
-  constexpr int64_t kFewest = 64;
-  int64_t keys =
-      std::max(kSplitBytes / (2 * columns * (wide ? 4 : 2)) / kFewest * kFewest, kFewest);
+  int64_t keys = kSplitBytes / (2 * columns * (wide ? 4 : 2)) / kFewestKeys * kFewestKeys;
+  keys = std::max(keys, kFewestKeys);
   const int64_t most = std::max<int64_t>(1, kMostSplits / ceil_div(t, 16));
   while (span > keys * most) keys *= 2;
-  check_at_most(keys, int64_t{1} << 30, "keys of a split");
-  plan.split_keys = static_cast<int>(keys);
   plan.splits = static_cast<int>(std::max<int64_t>(1, ceil_div(span, keys)));
+  // The longest runs that give every multiprocessor its blocks.
+  const int64_t blocks = p.q.size[0] * plan.hk * plan.row_blocks * plan.splits;
+  const int64_t wanted = kBlocksWanted * multiprocessors();
+  const int64_t longest = std::min<int64_t>({kMostRun, plan.splits, blocks / wanted});
+  plan.runs = static_cast<int>(ceil_div(plan.splits, std::max<int64_t>(longest, 1)));
+  plan.run = static_cast<int>(ceil_div(plan.splits, plan.runs));
+  check_at_most(keys * plan.run, int64_t{1} << 30, "keys of a block");
+  plan.split_keys = static_cast<int>(keys);
   plan.aligned = aligned(p.q) && aligned(p.k_cache) && aligned(p.v_cache) && aligned(p.k_new) &&
                  aligned(p.v_new);
   return plan;
@@ -452,7 +470,7 @@ void decode_attention(const DecodeAttention& p, float* workspace, void* stream) 
   with_plan(p, [&](auto columns, const DecodePlan& plan, int64_t partials) {
     constexpr int kD = decltype(columns)::kValue;
     const int64_t units = p.q.size[0] * p.k_cache.size[1];
-    const dim3 grid(grid_size(units * plan.splits * plan.row_blocks));
+    const dim3 grid(grid_size(units * plan.runs * plan.row_blocks));
     const SplitResult result{workspace, workspace + partials * kD};
     visit_dtype<__nv_bfloat16, __half>(p.q.dtype, [&](auto type) {
       using T = typename decltype(type)::type;

@@ -30,33 +30,55 @@ static inline unsigned grid_size(int64_t blocks) {
 using emulator::compute_capability;
 using emulator::launch;
 using emulator::most_shared_bytes;
+using emulator::multiprocessors;
 #else
+constexpr int kKnownDevices = 64;  // of which what does not change is asked once
+
 static inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string("fastgpt: ") + what + ": " + cudaGetErrorString(status));
 }
 
-// Of the current device, 10 major + minor. Asked of each device once.
-static inline int compute_capability() {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];
+static inline int current_device() {
   int device = 0;
   check(cudaGetDevice(&device), "the current device");
-  if (device < kDevices && known[device] != 0) return known[device];
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "a device");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "a device");
-  const int capability = 10 * major + minor;
-  if (device < kDevices) known[device] = capability;
-  return capability;
+  return device;
+}
+
+static inline int attribute_of(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "a device");
+  return value;
+}
+
+// What ask(device) says of the current device, as `known` has it after the first time; never 0.
+template <typename Ask>
+int known_of_device(std::atomic<int> (&known)[kKnownDevices], const Ask& ask) {
+  const int device = current_device();
+  if (device >= kKnownDevices) return ask(device);
+  if (known[device] == 0) known[device] = ask(device);
+  return known[device];
+}
+
+// Of the current device, 10 major + minor.
+static inline int compute_capability() {
+  static std::atomic<int> known[kKnownDevices];
+  return known_of_device(known, [](int device) {
+    return 10 * attribute_of(device, cudaDevAttrComputeCapabilityMajor) +
+           attribute_of(device, cudaDevAttrComputeCapabilityMinor);
+  });
+}
+
+// Of the current device.
+static inline int multiprocessors() {
+  static std::atomic<int> known[kKnownDevices];
+  return known_of_device(
+      known, [](int device) { return attribute_of(device, cudaDevAttrMultiProcessorCount); });
 }
 
 // What a block may have of shared memory on the current device, when launch() has opted in.
 static inline size_t most_shared_bytes() {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "the current device");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "a device");
+  const int bytes = attribute_of(current_device(), cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return static_cast<size_t>(bytes);
 }
 

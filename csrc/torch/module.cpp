@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "csrc/cpu/isa_level.h"
+#include "csrc/ops/attention.h"
 
 namespace py = pybind11;
 
@@ -74,4 +75,12 @@ PYBIND11_MODULE(_C, m) {
       "import to lower it.");
   m.def("cuda_driver_error", &cuda_driver_error,
         "Why the CUDA driver of this machine is too old for this build; None if it is not.");
+  m.def(
+      "suits_warpgroups",
+      [](int bits, int64_t head_dim, bool features, int capability) {
+        const auto dtype = bits == 16 ? fastgpt::DType::bf16 : fastgpt::DType::f32;
+        return fastgpt::suits_warpgroups(dtype, head_dim, features, capability);
+      },
+      py::arg("bits"), py::arg("head_dim"), py::arg("features"), py::arg("capability"),
+      "Whether attention on elements of so many bits takes Hopper's warpgroups on such a GPU.");
 }

@@ -93,3 +93,19 @@ def cuda_refusal() -> str | None:
     if capability < oldest:
         return f"was compiled for {', '.join(compiled)}; this GPU is sm_{capability}"
     return None
+
+
+def cuda_kernel(op: str, tensor: torch.Tensor, head_dim: int, features: bool) -> str:
+    """What the CUDA kernel of `op` runs on: the GPU and, for attention, its tensor cores' form.
+
+    features: there is more to the call than causal and window.
+    """
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    capability = 10 * major + minor
+    if op not in ("attention", "varlen_attention"):
+        return f"sm_{capability}"
+    compiled = any(name.startswith("sm_90") for name in gpu_architectures())
+    bits = 8 * tensor.element_size()
+    if compiled and _C is not None and _C.suits_warpgroups(bits, head_dim, features, capability):
+        return f"sm_{capability} wgmma"
+    return f"sm_{capability} mma.sync"

@@ -159,6 +159,7 @@ def run_attention(
         mask=mask is not None,
         alibi=alibi_slopes is not None,
         dropout=dropout_p > 0.0,
+        negative_scale=scale is not None and scale <= 0.0,
     )
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)

@@ -62,6 +62,11 @@ inline size_t most_shared_bytes() {
   return (compute_capability() == 80 ? 163 : 227) * 1024;
 }
 
+// So few that the small tensors of the tests fill them, as large ones fill a GPU.
+constexpr int multiprocessors() {
+  return 2;
+}
+
 // The order of threads in the next launches: 0 ascending, 1 descending, others random. Every launch
 // takes the next one, unless FASTGPT_EMULATOR_SCHEDULE names one for all.
 void set_schedule(unsigned schedule);

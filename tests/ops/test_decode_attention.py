@@ -161,7 +161,9 @@ SPEC = OpSpec(
     outputs=("out", "lse"),
     gradients=(),
     cases=CASES,
-    rows=first_axis(("prime_lengths", "window", "left_padding", "ring_wrapped"), BATCHED),
+    rows=first_axis(
+        ("prime_lengths", "window", "left_padding", "ring_wrapped", "many_splits"), BATCHED
+    ),
     stored={},
     cancellation=cancellation,
     storage={"out": (0, 2, 1, 3)},
