@@ -68,15 +68,15 @@ void bias_gradient(const AttentionBwd& p) {
   const int workers = worker_count(items);
   const int64_t each = query_tile_floats(d) + bwd_scratch(d);
   const int64_t owned = (dbias.size[2] == 1 ? 1 : kQueryTile) * dbias.size[3];
-  const Scratch memory(workers * each * sizeof(float));
-  const Scratch all_sums(workers * owned * sizeof(double));
+  const WorkerScratch memory(workers, each * sizeof(float));
+  const WorkerScratch all_sums(workers, owned * sizeof(double));
   parallel_items(items, workers, [&](int64_t item, int worker) {
-    float* scratch = memory.at() + worker * each;
+    float* scratch = memory.of(worker);
     const int64_t row_tile = item % row_tiles, plane = item / row_tiles;
     const int64_t bias_b = plane / dbias.size[1], bias_h = plane % dbias.size[1];
     const int64_t first = row_tile * kQueryTile;
     const int64_t last = dbias.size[2] == 1 ? sq : clamp(first + kQueryTile, 0, sq);
-    double* sums = all_sums.at<double>() + worker * owned;
+    double* sums = all_sums.of<double>(worker);
     for (int64_t i = 0; i < owned; ++i) sums[i] = 0.0;
     for (int64_t at_b = 0; at_b < b; ++at_b) {
       if (dbias.size[0] != 1 && at_b != bias_b) continue;

@@ -110,9 +110,9 @@ void backward_whole_units(const Problem& problem, int threads) {
   const int64_t room = problem.longest_keys() + 1;
   const int64_t each = fixed + room * (2 * row + kUnitKeyRows * packed_step(d));
   const int workers = problem.units() < threads ? static_cast<int>(problem.units()) : threads;
-  const Scratch memory(workers * each * sizeof(float));
+  const WorkerScratch memory(workers, each * sizeof(float));
   parallel_items(problem.units(), workers, [&](int64_t unit, int worker) {
-    float* scratch = memory.at() + worker * each;
+    float* scratch = memory.of(worker);
     float* buffer = scratch + bwd_scratch(d);
     float* dq_t = buffer + query_tile_floats(d);
     float* dk = dq_t + row * kQueryTile;
@@ -184,7 +184,7 @@ void backward_split_tiles(const Problem& problem, int threads) {
     return unit_keys(all_keys.at() + key_tiles[unit] * key_floats, n, d);
   };
   const int64_t each = bwd_scratch(d) + 2 * row * (kQueryTile + kKeyTile);
-  const Scratch memory(threads * each * sizeof(float));
+  const WorkerScratch memory(threads, each * sizeof(float));
 
   // Query tile `item` of all, and its head.
   const auto with_tile = [&](int64_t item, const auto& body) {
@@ -205,7 +205,7 @@ void backward_split_tiles(const Problem& problem, int threads) {
     with_tile(item, [](const GradHead& g, const QueryTile& tile) { prepare_query_tile(g, tile); });
   });
   parallel_items(key_tiles[units], threads, [&](int64_t item, int worker) {
-    float* scratch = memory.at() + worker * each;
+    float* scratch = memory.of(worker);
     float* dk = scratch + bwd_scratch(d);
     float* dv = dk + kKeyTile * row;
     std::memset(dk, 0, 2 * kKeyTile * row * sizeof(float));
@@ -231,7 +231,7 @@ void backward_split_tiles(const Problem& problem, int threads) {
     narrow_rows(dv, row, problem.dv(unit), first.dtype, begin, n, d);
   });
   parallel_items(query_tiles[units], threads, [&](int64_t item, int worker) {
-    float* scratch = memory.at() + worker * each;
+    float* scratch = memory.of(worker);
     float* dq_t = scratch + bwd_scratch(d);
     std::memset(dq_t, 0, row * kQueryTile * sizeof(float));
     with_tile(query_tiles[units] - 1 - item, [&](const GradHead& g, const QueryTile& tile) {

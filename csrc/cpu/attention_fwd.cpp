@@ -233,12 +233,11 @@ void attention_fwd_kernel(const AttentionFwd& p) {
   const int group = group_tiles(any, heads * ceil_div(sq, kQueryTile));
   const int64_t groups = ceil_div(sq, group * kQueryTile);
   const int workers = worker_count(heads * groups);
-  const Scratch scratch(workers * attend_scratch(any.d) * sizeof(float));
+  const WorkerScratch scratch(workers, attend_scratch(any.d) * sizeof(float));
   parallel_items(heads * groups, workers, [&](int64_t item, int worker) {
     const int64_t b = item / groups / q.size[1], h = item / groups % q.size[1];
     const int64_t q0 = (groups - 1 - item % groups) * group * kQueryTile;
-    attend_tiles(dense_head(p.in, b, h), out_of(b, h), q0, group,
-                 scratch.at() + worker * attend_scratch(any.d));
+    attend_tiles(dense_head(p.in, b, h), out_of(b, h), q0, group, scratch.of(worker));
   });
 }
 

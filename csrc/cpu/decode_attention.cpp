@@ -95,12 +95,11 @@ ContentError decode_attention_kernel(const DecodeAttention& p) {
   const int in_group = group_tiles(Head{}, b * h * ceil_div(t, kQueryTile));
   const int64_t groups = ceil_div(t, in_group * kQueryTile);
   const int workers = worker_count(b * h * groups);
-  const Scratch memory(workers * attend_scratch(d) * sizeof(float));
+  const WorkerScratch memory(workers, attend_scratch(d) * sizeof(float));
   parallel_items(b * h * groups, workers, [&](int64_t item, int worker) {
     const int64_t at_b = item / groups / h, at_h = item / groups % h;
     const int64_t q0 = (groups - 1 - item % groups) * in_group * kQueryTile;
-    attend_tiles(cache_head(p, at_b, at_h), out_of(at_b, at_h), q0, in_group,
-                 memory.at() + worker * attend_scratch(d));
+    attend_tiles(cache_head(p, at_b, at_h), out_of(at_b, at_h), q0, in_group, memory.of(worker));
   });
   return e;
 }

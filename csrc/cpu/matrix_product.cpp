@@ -180,12 +180,11 @@ void multiply(const MatrixProduct& p, int64_t k) {
   }
   const int64_t items = ceil_div(m, item_rows) * across;
   const int workers = worker_count(items);
-  const Scratch scratch(workers * kScratchFloats * sizeof(float));
+  const WorkerScratch scratch(workers, kScratchFloats * sizeof(float));
   parallel_items(items, workers, [&](int64_t item, int worker) {
     const int64_t i0 = item / across * item_rows, j0 = item % across * kColumns;
     multiply_item<Op>(p, k, i0, static_cast<int>(clamp(m - i0, 0, item_rows)), j0,
-                      static_cast<int>(clamp(n - j0, 0, kColumns)),
-                      scratch.at() + worker * kScratchFloats);
+                      static_cast<int>(clamp(n - j0, 0, kColumns)), scratch.of(worker));
   });
 }
 

@@ -91,7 +91,10 @@ class WorkerScratch {
   WorkerScratch(int workers, size_t bytes)
       : bytes_((bytes + 127) / 128 * 128), all_(workers * bytes_) {}
 
-  float* of(int worker) const { return all_.at(worker * bytes_); }
+  template <typename T = float>
+  T* of(int worker, size_t byte_offset = 0) const {
+    return all_.at<T>(worker * bytes_ + byte_offset);
+  }
 
  private:
   size_t bytes_;

@@ -46,16 +46,14 @@ void split_attention(int64_t units, int64_t group, int64_t sq, int64_t capacity,
   const int64_t items = units * splits;
   const int workers = worker_count(items);
   const int64_t heads_bytes = ceil_div(group * static_cast<int64_t>(sizeof(Head)), 64) * 64;
-  const int64_t worker_bytes =
-      heads_bytes + ceil_div(split_scratch(d, rows) * static_cast<int64_t>(sizeof(float)), 64) * 64;
   const Scratch partials(items * step * sizeof(float));
-  const Scratch memory(workers * worker_bytes);
+  const WorkerScratch memory(workers, heads_bytes + split_scratch(d, rows) * sizeof(float));
   parallel_items(items, workers, [&](int64_t item, int worker) {
-    Head* heads = memory.at<Head>(worker * worker_bytes);
+    Head* heads = memory.of<Head>(worker);
     const int64_t unit = item / splits;
     for (int64_t g = 0; g < group; ++g) heads[g] = head(unit, g);
     attend_split(heads, group, split_keys, item % splits, partials.at() + item * step,
-                 memory.at(worker * worker_bytes + heads_bytes));
+                 memory.of(worker, heads_bytes));
   });
   constexpr int64_t kGrainFloats = 16384;  // less is merged sooner than a second thread is there
   parallel_for(units * rows, kGrainFloats / (splits * d) + 1, [&](int64_t begin, int64_t end) {

@@ -148,7 +148,7 @@ ContentError varlen_attention_fwd_kernel(const VarlenAttentionFwd& p) {
   const int64_t items = first_item[documents.count()];
   const int workers = worker_count(items);
   const int d = static_cast<int>(p.in.q.size[2]);
-  const Scratch memory(workers * attend_scratch(d) * sizeof(float));
+  const WorkerScratch memory(workers, attend_scratch(d) * sizeof(float));
   parallel_items(items, workers, [&](int64_t item, int worker) {
     const int64_t i = owner_of(first_item, documents.count(), item);
     const int64_t groups = (first_item[i + 1] - first_item[i]) / h;
@@ -158,7 +158,7 @@ ContentError varlen_attention_fwd_kernel(const VarlenAttentionFwd& p) {
     const HeadOut to = {packed_rows(p.out, first, at_h), packed_rows(p.out_lo, first, at_h),
                         static_cast<float*>(p.lse.data) + at_h * p.in.q.size[0] + first};
     attend_tiles(documents.head(i, at_h), to, (groups - 1 - at_group) * rows, group,
-                 memory.at() + worker * attend_scratch(d));
+                 memory.of(worker));
   });
   const int64_t used = documents.first_query(documents.count());
   zero_tail(p.out, used);
