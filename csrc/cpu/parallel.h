@@ -56,10 +56,11 @@ void parallel_ranges(int64_t n, int workers, const F& f) {
   });
 }
 
-// How many workers may be used for n items.
-inline int worker_count(int64_t n) {
+// How many workers may be used for n items, of which fewer than grain do not pay for another one.
+inline int worker_count(int64_t n, int64_t grain = 1) {
   const int threads = max_threads();
-  return n < threads ? static_cast<int>(n) : threads;
+  const int64_t most = (n + grain - 1) / grain;
+  return most < threads ? static_cast<int>(most) : threads;
 }
 
 // The scratch of one call: one allocation, aligned to a cache line; none for 0 bytes.

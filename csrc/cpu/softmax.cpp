@@ -21,7 +21,7 @@ constexpr int64_t kItemElements = 16384;  // below this a second thread costs mo
 template <typename T, typename Y>
 void forward(const SoftmaxFwd& p) {
   const int64_t r = p.x.size[0], n = p.x.size[1];
-  const int workers = worker_count(r * n / kItemElements + 1);
+  const int workers = worker_count(r, kItemElements / n + 1);
   const bool streaming = streams(p.y, 2);
   const WorkerScratch scratch(workers, (n + row_blocks(n)) * sizeof(float));
   parallel_ranges(r, workers, [&](int64_t begin, int64_t end, int worker) {

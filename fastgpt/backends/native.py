@@ -96,7 +96,7 @@ def cuda_refusal() -> str | None:
 
 
 def cuda_kernel(op: str, tensor: torch.Tensor, head_dim: int, features: bool) -> str:
-    """What the CUDA kernel of `op` runs on: the GPU and, for attention, its tensor cores' form.
+    """What the CUDA forward of `op` runs on: the GPU and, for attention, its tensor cores' form.
 
     features: there is more to the call than causal and window.
     """
