@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import fastgpt
 from fastgpt import functional as F
+from fastgpt.backends import native
 from tests.contract import skip_unless_runs, threads
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -41,6 +43,7 @@ def peak(call: Callable[[], Any]) -> float:
     try:
         call()  # what is allocated once per process (threads, tables) is not the op's
         gc.collect()
+        native.release_memory()
         ctypes.CDLL(None).malloc_trim(0)
         RESET.write_text("5")
     except (OSError, AttributeError):
@@ -155,3 +158,75 @@ def test_rows_cost_one_output_and_one_gradient(op: str) -> None:
 
     with fastgpt.backend("cpu"):
         assert peak(call) < (48 if op == "cross_entropy" else 112)
+
+
+OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+of_kept_pages = pytest.mark.skipif(
+    native.MISSING is not None or OLD_TORCH, reason="needs the op library and torch 2.11"
+)
+
+
+def rows(mib: int, value: float = 0.0) -> Tensor:
+    """A result of `mib` MiB of the CPU kernels."""
+    with fastgpt.backend("cpu"):
+        return F.bias_gelu(torch.full((mib, MIB // 4), value))
+
+
+@of_kept_pages
+def test_the_pages_of_a_large_result_are_made_once() -> None:
+    x = torch.randn(48, MIB // 4)  # torch's allocator would map 12288 new pages each time
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        with fastgpt.backend("cpu"):
+            F.softmax(x)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 1000
+
+
+@of_kept_pages
+def test_no_result_lies_in_the_memory_of_another() -> None:
+    held = [rows(mib, float(mib)) for mib in (2, 3, 4, 5, 8, 5, 4, 3, 2)]
+    del held[1::2]
+    held += [rows(mib, float(mib)) for mib in (3, 5, 6, 2)]
+    for y in held:  # gelu(value) is the same everywhere, and near to a value of 2 and more
+        assert round(y[0, 0].item()) == y.shape[0]
+        assert torch.equal(y, y[:1, :1].expand_as(y))
+
+
+@of_kept_pages
+def test_a_view_keeps_the_memory_of_its_base() -> None:
+    view = rows(4, 1.0)[1, :8]
+    expected = view.clone()
+    rows(4, 2.0)
+    assert torch.equal(view, expected)
+
+
+@of_kept_pages
+def test_what_is_kept_with_what_is_used_is_never_more_than_was_used() -> None:
+    native.release_memory()
+    held = [rows(16) for _ in range(6)]
+    del held
+    assert native.release_memory() == 96 * MIB
+    held = [rows(16) for _ in range(6)]
+    del held
+    large = rows(64)  # no block of 16 MiB serves it
+    assert native.release_memory() == 32 * MIB
+    del large
+    assert native.release_memory() == 64 * MIB
+    assert native.release_memory() == 0
+
+
+@of_kept_pages
+def test_the_system_may_take_back_what_is_kept_beyond_256_mib() -> None:
+    """Kept pages still count as the process's; the system finds them marked as free."""
+    if not (rollup := Path("/proc/self/smaps_rollup")).exists():
+        pytest.skip("needs /proc/self/smaps_rollup")
+    native.release_memory()
+    held = [rows(32) for _ in range(12)]
+    del held
+    free = int(re.search(r"LazyFree:\s+(\d+) kB", rollup.read_text())[1])
+    assert 100 < free / 1024 <= 128
+    native.release_memory()

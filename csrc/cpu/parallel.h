@@ -66,12 +66,19 @@ inline int worker_count(int64_t n, int64_t grain = 1) {
 // The scratch of one call: one allocation, aligned to a cache line; none for 0 bytes.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes)
-      : data_(bytes == 0 ? nullptr : ::operator new(bytes, std::align_val_t{64})) {
-    prepare_pages(data_, bytes);
+  explicit Scratch(size_t bytes) : pages_(take_pages(bytes)), data_(nullptr) {
+    if (pages_ != nullptr) {
+      data_ = pages_->data;
+    } else if (bytes > 0) {
+      data_ = ::operator new(bytes, std::align_val_t{64});
+    }
   }
   ~Scratch() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{64});
+    if (pages_ != nullptr) {
+      keep_pages(pages_);
+    } else if (data_ != nullptr) {
+      ::operator delete(data_, std::align_val_t{64});
+    }
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -82,6 +89,7 @@ class Scratch {
   }
 
  private:
+  Pages* pages_;
   void* data_;
 };
 

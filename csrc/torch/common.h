@@ -20,6 +20,13 @@
 #include "tests/emulator/emulator.h"
 #endif
 
+// Of torch 2.11 and later; null in an older one.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* size, const int64_t* stride, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
+    int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* context);
+
 namespace fastgpt::binding {
 
 using torch::headeronly::ScalarType;
@@ -168,24 +175,30 @@ inline TensorRef view_unless_empty(const Tensor& t) {
   return t.numel() == 0 ? TensorRef{} : view(t);
 }
 
-// A new tensor on like's device. By empty_strided of the shim, which allocates on the CPU without a
-// pass through the dispatcher: a third of what new_empty costs.
+// A new tensor on like's device. By the shim, which allocates on the CPU without a pass through the
+// dispatcher: a third of what new_empty costs.
 inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> size,
                             const int64_t* stride, ScalarType dtype) {
-  int64_t elements = 1;
-  for (const int64_t n : size) elements *= n;
   int32_t device = 0, index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const auto ndim = static_cast<int64_t>(size.size());
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(size.size()), size.begin(), stride, code, device, index, &handle));
-  Tensor t(handle);
-  if (device == aoti_torch_device_type_cpu()) {
-    prepare_pages(t.data_ptr(), elements * aoti_torch_dtype_element_size(code));
+  if (device == aoti_torch_device_type_cpu() && torch_from_blob != nullptr) {
+    int64_t elements = 1;
+    for (const int64_t n : size) elements *= n;
+    if (Pages* pages = take_pages(elements * aoti_torch_dtype_element_size(code))) {
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+          pages->data, ndim, size.begin(), stride, 0, code, device, index, &handle,
+          aoti_torch_layout_strided(), nullptr, 0,
+          [](void*, void* pages) { keep_pages(static_cast<Pages*>(pages)); }, pages));
+      return Tensor(handle);
+    }
   }
-  return t;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(ndim, size.begin(), stride, code, device, index, &handle));
+  return Tensor(handle);
 }
 
 // Contiguous.

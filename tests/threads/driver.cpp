@@ -117,6 +117,7 @@ int run_all(const char* part) {
   int passed = 0, failed = 0;
   std::vector<Case> cases = attention_cases();
   for (Case& c : row_cases()) cases.push_back(std::move(c));
+  for (Case& c : memory_cases()) cases.push_back(std::move(c));
   for (const Case& c : cases) {
     if (c.name.find(part) == std::string::npos) continue;
     std::string failures;

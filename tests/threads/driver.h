@@ -74,6 +74,7 @@ struct Case {
 
 std::vector<Case> attention_cases();
 std::vector<Case> row_cases();
+std::vector<Case> memory_cases();
 
 // The threads of run_parallel, and on how many of them work has run since they were set.
 void set_threads(int threads);
