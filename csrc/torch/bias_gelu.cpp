@@ -7,11 +7,11 @@ namespace fastgpt::binding {
 namespace {
 
 Tensor bias_gelu_fwd(Tensor x, std::optional<Tensor> bias, bool tanh) {
-  Tensor y = empty(x, {x.size(0), x.size(1)});
+  Tensor y = empty(x, x.sizes());
   if (x.numel() == 0) return y;
   require(on_device(x, bias), "bias");
-  const TensorRef in = view_input(x, "x", 2);
-  const BiasGeluFwd p{in, view_parameter(bias, "bias", in.size[1]), view(y), tanh};
+  const TensorRef in = view_input_stack(x, "x", 2);
+  const BiasGeluFwd p{in, view_parameter(bias, "bias", in.size[1]), view_stack(y, "y", 2), tanh};
   run_on_device_of(
       x, [&] { cpu::bias_gelu_fwd(p); }, [&](void* stream) { cuda::bias_gelu_fwd(p, stream); });
   return y;
@@ -19,21 +19,18 @@ Tensor bias_gelu_fwd(Tensor x, std::optional<Tensor> bias, bool tanh) {
 
 std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy, Tensor x, std::optional<Tensor> bias, bool tanh,
                                          bool need_dbias) {
-  const int64_t r = x.size(0), n = x.size(1);
-  Tensor dx = empty(x, {r, n});
+  const TensorRef in = view_input_stack(x, "x", 2);
+  const int64_t r = in.size[0], n = in.size[1];
+  Tensor dx = empty(x, x.sizes());
   Tensor dbias = empty(x, {need_dbias ? n : 0}, ScalarType::Float);
   if (x.numel() == 0) {
     torch::stable::zero_(dbias);
     return {dx, dbias};
   }
   require(on_device(x, dy) && on_device(x, bias), "dy, bias");
-  const TensorRef in = view_input(x, "x", 2);
-  const BiasGeluBwd p{view_rows(dy, "dy", in.dtype, {r, n}),
-                      in,
-                      view_parameter(bias, "bias", n),
-                      view(dx),
-                      view_unless_empty(dbias),
-                      tanh};
+  const BiasGeluBwd p{view_stack(dy, "dy", in.dtype, in), in,
+                      view_parameter(bias, "bias", n),    view_stack(dx, "dx", 2),
+                      view_unless_empty(dbias),           tanh};
   run_on_device_of(
       x, [&] { cpu::bias_gelu_bwd(p); },
       [&](void* stream) {

@@ -29,6 +29,7 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
 
 namespace fastgpt::binding {
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -54,34 +55,44 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-inline TensorRef view(const Tensor& t) {
-  TensorRef r;
-  r.ndim = static_cast<int>(t.dim());
-  STD_TORCH_CHECK(r.ndim <= TensorRef::kMaxDims, "fastgpt: too many dimensions: ", r.ndim);
+// What a kernel relies on to stay in bounds. Python has checked it, with messages that say more; a
+// raw call of torch.ops.fastgpt has not.
+inline void require(bool holds, const char* argument) {
+  STD_TORCH_CHECK(holds, "fastgpt: ", argument,
+                  ": unexpected shape, strides, dtype or device in a raw call");
+}
+
+// `t` with `rank` dimensions: of a contiguous tensor with more, the leading ones as one.
+inline TensorRef view_stack(const Tensor& t, const char* argument, int rank) {
+  STD_TORCH_CHECK(rank <= TensorRef::kMaxDims, "fastgpt: too many dimensions: ", rank);
+  const int folded = static_cast<int>(t.dim()) - rank;
+  require(folded == 0 || (folded > 0 && t.is_contiguous()), argument);
   static const int64_t empty = 0;
+  TensorRef r;
   r.data = t.numel() == 0 ? const_cast<int64_t*>(&empty) : t.data_ptr();
   r.dtype = dtype_of(t);
+  r.ndim = rank;
   const auto sizes = t.sizes();
   const auto strides = t.strides();
-  for (int i = 0; i < r.ndim; ++i) {
-    r.size[i] = sizes[i];
-    r.stride[i] = strides[i];
+  int64_t step = 1;
+  for (int i = rank - 1; i >= 0; --i) {
+    r.size[i] = sizes[folded + i];
+    r.stride[i] = folded == 0 ? strides[i] : step;  // torch's may be any where the size is 1
+    step *= r.size[i];
   }
+  for (int i = 0; i < folded; ++i) r.size[0] *= sizes[i];
 #if defined(FASTGPT_EMULATED)
   emulator::allow(r);  // kernels that touch other memory are reported
 #endif
   return r;
 }
 
-inline TensorRef view(const std::optional<Tensor>& t) {
-  return t.has_value() ? view(*t) : TensorRef{};
+inline TensorRef view(const Tensor& t) {
+  return view_stack(t, "", static_cast<int>(t.dim()));
 }
 
-// What a kernel relies on to stay in bounds. Python has checked it, with messages that say more; a
-// raw call of torch.ops.fastgpt has not.
-inline void require(bool holds, const char* argument) {
-  STD_TORCH_CHECK(holds, "fastgpt: ", argument,
-                  ": unexpected shape, strides, dtype or device in a raw call");
+inline TensorRef view(const std::optional<Tensor>& t) {
+  return t.has_value() ? view(*t) : TensorRef{};
 }
 
 // With a CUDA kernel beside the CPU's, raw calls may mix devices: the dispatcher takes the higher.
@@ -132,6 +143,28 @@ inline TensorRef view_input(const Tensor& t, const char* argument, int ndim) {
   return r;
 }
 
+// The same of an op on rows (r, n) or matrices (r, m, n), which may be stacked in any way.
+inline TensorRef view_input_stack(const Tensor& t, const char* argument, int rank) {
+  const TensorRef r = view_stack(t, argument, rank);
+  require(is_float(r) && has_unit_stride(r), argument);
+  return r;
+}
+
+// A tensor of this dtype and, once stacked as `like`, of its size.
+inline TensorRef view_stack(const Tensor& t, const char* argument, DType dtype,
+                            const TensorRef& like) {
+  const TensorRef r = view_stack(t, argument, like.ndim);
+  bool same = r.dtype == dtype && has_unit_stride(r);
+  for (int i = 0; i < r.ndim; ++i) same = same && r.size[i] == like.size[i];
+  require(same, argument);
+  return r;
+}
+
+inline TensorRef view_stack(const std::optional<Tensor>& t, const char* argument, DType dtype,
+                            const TensorRef& like) {
+  return t.has_value() ? view_stack(*t, argument, dtype, like) : TensorRef{};
+}
+
 // A tensor of this dtype and size whose last stride is 1.
 inline TensorRef view_rows(const Tensor& t, const char* argument, DType dtype,
                            std::initializer_list<int64_t> size) {
@@ -177,8 +210,8 @@ inline TensorRef view_unless_empty(const Tensor& t) {
 
 // A new tensor on like's device. By the shim, which allocates on the CPU without a pass through the
 // dispatcher: a third of what new_empty costs.
-inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> size,
-                            const int64_t* stride, ScalarType dtype) {
+inline Tensor empty_strided(const Tensor& like, Sizes size, const int64_t* stride,
+                            ScalarType dtype) {
   int32_t device = 0, index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
@@ -190,30 +223,31 @@ inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> s
     for (const int64_t n : size) elements *= n;
     if (Pages* pages = take_pages(elements * aoti_torch_dtype_element_size(code))) {
       STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-          pages->data, ndim, size.begin(), stride, 0, code, device, index, &handle,
+          pages->data, ndim, size.data(), stride, 0, code, device, index, &handle,
           aoti_torch_layout_strided(), nullptr, 0,
           [](void*, void* pages) { keep_pages(static_cast<Pages*>(pages)); }, pages));
       return Tensor(handle);
     }
   }
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(ndim, size.begin(), stride, code, device, index, &handle));
+      aoti_torch_empty_strided(ndim, size.data(), stride, code, device, index, &handle));
   return Tensor(handle);
 }
 
 // Contiguous.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
-  int64_t stride[TensorRef::kMaxDims];
-  STD_TORCH_CHECK(size.size() <= TensorRef::kMaxDims, "fastgpt: too many dimensions");
+inline Tensor empty(const Tensor& like, Sizes size, ScalarType dtype) {
+  constexpr size_t kMostDims = 64;  // torch's own limit
+  int64_t stride[kMostDims] = {};
+  STD_TORCH_CHECK(size.size() <= kMostDims, "fastgpt: too many dimensions: ", size.size());
   int64_t step = 1;
   for (size_t i = size.size(); i-- > 0;) {
     stride[i] = step;
-    step *= size.begin()[i] > 0 ? size.begin()[i] : 1;
+    step *= size[i] > 0 ? size[i] : 1;
   }
   return empty_strided(like, size, stride, dtype);
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size) {
+inline Tensor empty(const Tensor& like, Sizes size) {
   return empty(like, size, like.scalar_type());
 }
 

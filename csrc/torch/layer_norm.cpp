@@ -7,34 +7,36 @@ namespace fastgpt::binding {
 namespace {
 
 LayerNormFwd forward_params(const Tensor& x, const std::optional<Tensor>& weight,
-                            const std::optional<Tensor>& bias, double eps, const Tensor& y,
-                            const Tensor& mean, const Tensor& rstd) {
+                            const std::optional<Tensor>& bias, double eps, const Tensor& y) {
   require(on_device(x, weight) && on_device(x, bias), "weight, bias");
   LayerNormFwd p;
-  p.x = view_input(x, "x", 2);
+  p.x = view_input_stack(x, "x", 2);
   p.weight = view_parameter(weight, "weight", p.x.size[1]);
   p.bias = view_parameter(bias, "bias", p.x.size[1]);
-  p.y = view(y);
-  p.mean = view(mean);
-  p.rstd = view(rstd);
+  p.y = view_stack(y, "y", 2);
   p.eps = static_cast<float>(eps);
   return p;
 }
 
-void run(const LayerNormFwd& p, const Tensor& x) {
-  if (x.numel() == 0) return;
-  run_on_device_of(
-      x, [&] { cpu::layer_norm_fwd(p); }, [&](void* stream) { cuda::layer_norm_fwd(p, stream); });
+// Runs the kernel; returns mean and rstd (r).
+std::tuple<Tensor, Tensor> run(LayerNormFwd& p, const Tensor& x) {
+  Tensor mean = empty(x, {p.x.size[0]}, ScalarType::Float);
+  Tensor rstd = empty(x, {p.x.size[0]}, ScalarType::Float);
+  p.mean = view(mean);
+  p.rstd = view(rstd);
+  if (x.numel() > 0) {
+    run_on_device_of(
+        x, [&] { cpu::layer_norm_fwd(p); }, [&](void* stream) { cuda::layer_norm_fwd(p, stream); });
+  }
+  return {mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, std::optional<Tensor> weight,
                                                   std::optional<Tensor> bias, double eps,
                                                   bool float_out) {
-  const int64_t r = x.size(0), n = x.size(1);
-  Tensor y = empty(x, {r, n}, result_dtype(x, float_out));
-  Tensor mean = empty(x, {r}, ScalarType::Float);
-  Tensor rstd = empty(x, {r}, ScalarType::Float);
-  run(forward_params(x, weight, bias, eps, y, mean, rstd), x);
+  Tensor y = empty(x, x.sizes(), result_dtype(x, float_out));
+  LayerNormFwd p = forward_params(x, weight, bias, eps, y);
+  auto [mean, rstd] = run(p, x);
   return {y, mean, rstd};
 }
 
@@ -42,16 +44,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor r
                                                               std::optional<Tensor> weight,
                                                               std::optional<Tensor> bias,
                                                               double eps, bool float_out) {
-  const int64_t r = x.size(0), n = x.size(1);
-  Tensor y = empty(x, {r, n}, result_dtype(x, float_out));
-  Tensor s = empty(x, {r, n});
-  Tensor mean = empty(x, {r}, ScalarType::Float);
-  Tensor rstd = empty(x, {r}, ScalarType::Float);
-  LayerNormFwd p = forward_params(x, weight, bias, eps, y, mean, rstd);
+  Tensor y = empty(x, x.sizes(), result_dtype(x, float_out));
+  Tensor s = empty(x, x.sizes());
+  LayerNormFwd p = forward_params(x, weight, bias, eps, y);
   require(on_device(x, residual), "residual");
-  p.residual = view_rows(residual, "residual", p.x.dtype, {r, n});
-  p.s = view(s);
-  run(p, x);
+  p.residual = view_stack(residual, "residual", p.x.dtype, p.x);
+  p.s = view_stack(s, "s", 2);
+  auto [mean, rstd] = run(p, x);
   return {y, s, mean, rstd};
 }
 
@@ -59,8 +58,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, std::opti
                                                   Tensor mean, Tensor rstd,
                                                   std::optional<Tensor> ds, bool need_dweight,
                                                   bool need_dbias) {
-  const int64_t r = x.size(0), n = x.size(1);
-  Tensor dx = empty(x, {r, n});
+  LayerNormBwd p;
+  p.x = view_input_stack(x, "x", 2);
+  const int64_t r = p.x.size[0], n = p.x.size[1];
+  Tensor dx = empty(x, x.sizes());
   Tensor dweight = empty(x, {need_dweight ? n : 0}, ScalarType::Float);
   Tensor dbias = empty(x, {need_dbias ? n : 0}, ScalarType::Float);
   if (x.numel() == 0) {
@@ -71,14 +72,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, std::opti
   require(on_device(x, dy) && on_device(x, weight) && on_device(x, mean) && on_device(x, rstd) &&
               on_device(x, ds),
           "x");
-  LayerNormBwd p;
-  p.x = view_input(x, "x", 2);
-  p.dy = view_rows(dy, "dy", dtype_of(dy) == DType::f32 ? DType::f32 : p.x.dtype, {r, n});
+  p.dy = view_stack(dy, "dy", dtype_of(dy) == DType::f32 ? DType::f32 : p.x.dtype, p.x);
   p.weight = view_parameter(weight, "weight", n);
   p.mean = view_flat(mean, "mean", DType::f32, {r});
   p.rstd = view_flat(rstd, "rstd", DType::f32, {r});
-  p.ds = view_rows(ds, "ds", p.x.dtype, {r, n});
-  p.dx = view(dx);
+  p.ds = view_stack(ds, "ds", p.x.dtype, p.x);
+  p.dx = view_stack(dx, "dx", 2);
   p.dweight = view_unless_empty(dweight);
   p.dbias = view_unless_empty(dbias);
   run_on_device_of(

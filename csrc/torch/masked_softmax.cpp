@@ -8,11 +8,10 @@ namespace {
 
 Tensor masked_softmax_fwd(Tensor scores, double scale, bool causal, std::optional<int64_t> window,
                           bool float_out) {
-  Tensor y = empty(scores, {scores.size(0), scores.size(1), scores.size(2)},
-                   result_dtype(scores, float_out));
+  Tensor y = empty(scores, scores.sizes(), result_dtype(scores, float_out));
   if (scores.numel() == 0) return y;
-  const MaskedSoftmaxFwd p{view_input(scores, "scores", 3), view(y), static_cast<float>(scale),
-                           Band{causal, window.value_or(0)}};
+  const MaskedSoftmaxFwd p{view_input_stack(scores, "scores", 3), view_stack(y, "y", 3),
+                           static_cast<float>(scale), Band{causal, window.value_or(0)}};
   run_on_device_of(
       scores, [&] { cpu::masked_softmax_fwd(p); },
       [&](void* stream) { cuda::masked_softmax_fwd(p, stream); });
@@ -21,14 +20,13 @@ Tensor masked_softmax_fwd(Tensor scores, double scale, bool causal, std::optiona
 
 Tensor masked_softmax_bwd(Tensor dy, Tensor y, double scale, bool causal,
                           std::optional<int64_t> window, ScalarType in_dtype) {
-  const int64_t r = y.size(0), sq = y.size(1), sk = y.size(2);
-  Tensor dscores = empty(y, {r, sq, sk}, in_dtype);
+  Tensor dscores = empty(y, y.sizes(), in_dtype);
   if (y.numel() == 0) return dscores;
-  const TensorRef in = view_input(y, "y", 3), out = view(dscores);
+  const TensorRef in = view_input_stack(y, "y", 3), out = view_stack(dscores, "dscores", 3);
   require(is_float(out) && (in.dtype == DType::f32 || in.dtype == out.dtype), "in_dtype");
   require(on_device(y, dy), "dy");
-  const MaskedSoftmaxBwd p{view_rows(dy, "dy", in.dtype, {r, sq, sk}), in, out,
-                           static_cast<float>(scale), Band{causal, window.value_or(0)}};
+  const MaskedSoftmaxBwd p{view_stack(dy, "dy", in.dtype, in), in, out, static_cast<float>(scale),
+                           Band{causal, window.value_or(0)}};
   run_on_device_of(
       y, [&] { cpu::masked_softmax_bwd(p); },
       [&](void* stream) { cuda::masked_softmax_bwd(p, stream); });

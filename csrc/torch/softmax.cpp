@@ -7,21 +7,21 @@ namespace fastgpt::binding {
 namespace {
 
 Tensor softmax_fwd(Tensor x, bool float_out) {
-  Tensor y = empty(x, {x.size(0), x.size(1)}, result_dtype(x, float_out));
+  Tensor y = empty(x, x.sizes(), result_dtype(x, float_out));
   if (x.numel() == 0) return y;
-  const SoftmaxFwd p{view_input(x, "x", 2), view(y)};
+  const SoftmaxFwd p{view_input_stack(x, "x", 2), view_stack(y, "y", 2)};
   run_on_device_of(
       x, [&] { cpu::softmax_fwd(p); }, [&](void* stream) { cuda::softmax_fwd(p, stream); });
   return y;
 }
 
 Tensor softmax_bwd(Tensor dy, Tensor y, ScalarType in_dtype) {
-  Tensor dx = empty(y, {y.size(0), y.size(1)}, in_dtype);
+  Tensor dx = empty(y, y.sizes(), in_dtype);
   if (y.numel() == 0) return dx;
-  const TensorRef in = view_input(y, "y", 2), out = view(dx);
+  const TensorRef in = view_input_stack(y, "y", 2), out = view_stack(dx, "dx", 2);
   require(is_float(out) && (in.dtype == DType::f32 || in.dtype == out.dtype), "in_dtype");
   require(on_device(y, dy), "dy");
-  const SoftmaxBwd p{view_rows(dy, "dy", in.dtype, {y.size(0), y.size(1)}), in, out};
+  const SoftmaxBwd p{view_stack(dy, "dy", in.dtype, in), in, out};
   run_on_device_of(
       y, [&] { cpu::softmax_bwd(p); }, [&](void* stream) { cuda::softmax_bwd(p, stream); });
   return dx;

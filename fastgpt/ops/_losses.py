@@ -37,6 +37,13 @@ def check_target(target: Tensor, input: Tensor, shape: tuple[int, ...], layout: 
     check_same_device("target", target, "input", input)
 
 
+def flat_classes(target: Tensor) -> Tensor:
+    """Class indices as the kernels take them: (r,) int64 without gaps; target itself if it is."""
+    if target.dim() == 1 and target.dtype == torch.int64 and target.is_contiguous():
+        return target
+    return target.reshape(-1).to(torch.int64).contiguous()
+
+
 def check_classes(backend: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """ValueError unless each target is a class or ignore_index, where the host may look."""
     if not host_checks(backend, target):

@@ -12,7 +12,7 @@ from fastgpt.backends.reference import bias_gelu as reference
 from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import check_float, check_parameter, statistics_dtype
 from fastgpt.ops._library import define
-from fastgpt.ops._rows import as_rows, from_rows, unit_stride
+from fastgpt.ops._rows import from_rows, rows_for
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
@@ -39,8 +39,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
         check_parameter("bias", bias, "x", x, x.shape[-1:], "(n,)")
         bias = bias.contiguous()
     tanh = approximate == "tanh"
-    rows = as_rows(x)
     backend = dispatch.pick("bias_gelu", x, approximate=approximate)
+    rows = rows_for(backend, x)
     if backend == "reference":
         y = reference.bias_gelu_fwd(rows, bias, tanh)
     elif needs_grad(x, bias):
@@ -63,7 +63,7 @@ class _BiasGelu(torch.autograd.Function):
         need_dbias = ctx.needs_input_grad[2]
         with without_grad():
             run = dispatch.kernel("bias_gelu", ctx.backend, "bias_gelu_bwd")
-            dx, dbias = run(unit_stride(dy), x, bias, ctx.tanh, need_dbias)
+            dx, dbias = run(rows_for(ctx.backend, dy), x, bias, ctx.tanh, need_dbias)
             dbias = dbias.to(bias.dtype) if need_dbias else None
         return None, *once("bias_gelu", (dy, x, bias), dx, dbias), None
 
@@ -75,7 +75,7 @@ def _bias_gelu_fwd_fake(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 def _bias_gelu_bwd_fake(
     dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor]:
-    n = x.shape[1] if need_dbias else 0
+    n = x.shape[-1] if need_dbias else 0
     return x.new_empty(x.shape), x.new_empty(n, dtype=statistics_dtype(x))
 
 

@@ -17,7 +17,14 @@ from fastgpt.ops._checks import (
     check_tensor,
 )
 from fastgpt.ops._library import define
-from fastgpt.ops._losses import REDUCTIONS, check_options, check_target, loss_dtype, loss_outputs
+from fastgpt.ops._losses import (
+    REDUCTIONS,
+    check_options,
+    check_target,
+    flat_classes,
+    loss_dtype,
+    loss_outputs,
+)
 from fastgpt.ops._rows import as_rows
 
 
@@ -65,10 +72,11 @@ def cross_entropy(
             label_smoothing=label_smoothing,
         )
     class_dim = min(input.dim() - 1, 1)
-    v = input.shape[class_dim]
+    size = input.shape
+    v = size[class_dim]
     if v < 1:
-        raise ValueError(f"input: expected at least one class, got shape {tuple(input.shape)}")
-    shape = tuple(input.shape[:class_dim]) + tuple(input.shape[class_dim + 1 :])
+        raise ValueError(f"input: expected at least one class, got shape {tuple(size)}")
+    shape = (size[0],) if len(size) == 2 else (*size[:class_dim], *size[class_dim + 1 :])
     check_target(target, input, shape, "input's without its classes")
     if weight is not None:
         check_parameter("weight", weight, "input", input, (v,), "(v,)")
@@ -78,7 +86,7 @@ def cross_entropy(
 
     last = class_dim == input.dim() - 1
     x = as_rows(input if last else input.movedim(class_dim, -1))
-    classes = target.reshape(-1).to(torch.int64).contiguous()
+    classes = flat_classes(target)
     options = (ignore_index, REDUCTIONS[reduction], label_smoothing)
     backend = dispatch.pick("cross_entropy", input)
     if backend == "reference":
@@ -88,7 +96,9 @@ def cross_entropy(
     else:
         run = dispatch.kernel("cross_entropy", backend, "cross_entropy_fwd")
         loss = run(x, classes, weight, *options)[0]
-    loss = loss.to(loss_dtype(input, autocast_dtype(input) is not None))
+    dtype = loss_dtype(input, autocast_dtype(input) is not None)
+    if loss.dtype != dtype:
+        loss = loss.to(dtype)
     return loss.view(shape) if reduction == "none" else loss
 
 

@@ -23,7 +23,7 @@ from fastgpt.ops._checks import (
     statistics_dtype,
 )
 from fastgpt.ops._library import define
-from fastgpt.ops._rows import as_rows, unit_stride
+from fastgpt.ops._rows import as_rows, from_rows, rows_for, unit_stride
 
 
 def layer_norm(
@@ -54,16 +54,16 @@ def layer_norm(
     """
     shape = _check(input, normalized_shape, weight, bias, eps)
     float_out = autocast_dtype(input) is not None
-    x = _rows(input, shape)
     w, b = _flat(weight, shape), _flat(bias, shape)
     backend = dispatch.pick("layer_norm", input)
+    x = _rows(backend, input, shape)
     if backend == "reference":
         y = reference.layer_norm_fwd(x, w, b, eps, float_out)[0]
     elif needs_grad(input, weight, bias):
         y = record(_LayerNorm, backend, x, w, b, eps, float_out)
     else:
         y = dispatch.kernel("layer_norm", backend, "layer_norm_fwd")(x, w, b, eps, float_out)[0]
-    return y if y.dim() == input.dim() else y.view_as(input)
+    return from_rows(y, input)
 
 
 def add_layer_norm(
@@ -98,9 +98,11 @@ def add_layer_norm(
         wider = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wider), residual.to(wider)
     check_same_dtype("residual", residual, "x", x)
-    rows, residual_rows = _rows(x, shape), _rows(residual, shape)
     w, b = _flat(weight, shape), _flat(bias, shape)
     backend = dispatch.pick("add_layer_norm", x)
+    rows, residual_rows = _rows(backend, x, shape), _rows(backend, residual, shape)
+    if rows.dim() != residual_rows.dim():  # one gradient is for both
+        rows, residual_rows = as_rows(x), as_rows(residual)
     if backend == "reference":
         y, s = reference.add_layer_norm_fwd(rows, residual_rows, w, b, eps, float_out)[:2]
     elif needs_grad(x, residual, weight, bias):
@@ -108,9 +110,7 @@ def add_layer_norm(
     else:
         run = dispatch.kernel("add_layer_norm", backend, "add_layer_norm_fwd")
         y, s = run(rows, residual_rows, w, b, eps, float_out)[:2]
-    if y.dim() == x.dim():
-        return y, s
-    return y.view_as(x), s.view_as(x)
+    return from_rows(y, x), from_rows(s, x)
 
 
 def _check(
@@ -149,10 +149,10 @@ def _check(
     return shape
 
 
-def _rows(input: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(..., *shape) -> (r, n) with the last stride 1, a view wherever one exists."""
+def _rows(backend: str, input: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The rows of (..., *shape), each of all of `shape`, as the kernels of `backend` take them."""
     if len(shape) == 1:
-        return as_rows(input)
+        return rows_for(backend, input)
     n = math.prod(shape)
     return unit_stride(input.reshape(math.prod(input.shape[: input.dim() - len(shape)]), n))
 
@@ -219,12 +219,12 @@ def _backward(
     with without_grad():
         run = dispatch.kernel(op, ctx.backend, "layer_norm_bwd")
         dx, dweight, dbias = run(
-            torch.zeros_like(x) if dy is None else unit_stride(dy),
+            torch.zeros_like(x) if dy is None else rows_for(ctx.backend, dy),
             x,
             weight,
             mean,
             rstd,
-            None if ds is None else unit_stride(ds),
+            None if ds is None else rows_for(ctx.backend, ds),
             need_dweight,
             need_dbias,
         )
@@ -237,7 +237,7 @@ def _layer_norm_fwd_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, float_out: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=torch.float32 if float_out else x.dtype)
-    statistics = x.new_empty(x.shape[0], dtype=statistics_dtype(x))
+    statistics = x.new_empty(math.prod(x.shape[:-1]), dtype=statistics_dtype(x))
     return y, statistics, torch.empty_like(statistics)
 
 
@@ -263,7 +263,7 @@ def _layer_norm_bwd_fake(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = x.shape[1]
+    n = x.shape[-1]
     return (
         x.new_empty(x.shape),
         mean.new_empty(n if need_dweight else 0),

@@ -21,7 +21,14 @@ from fastgpt.ops._checks import (
     statistics_dtype,
 )
 from fastgpt.ops._library import define
-from fastgpt.ops._losses import REDUCTIONS, check_options, check_target, loss_dtype, loss_outputs
+from fastgpt.ops._losses import (
+    REDUCTIONS,
+    check_options,
+    check_target,
+    flat_classes,
+    loss_dtype,
+    loss_outputs,
+)
 from fastgpt.ops._rows import as_rows, unit_stride
 
 
@@ -86,7 +93,7 @@ def linear_cross_entropy(
         linear_bias = linear_bias.contiguous()
 
     x, weight = as_rows(input), unit_stride(linear_weight)
-    classes = target.reshape(-1).to(torch.int64).contiguous()
+    classes = flat_classes(target)
     options = (ignore_index, REDUCTIONS[reduction], label_smoothing)
     backend = dispatch.pick("linear_cross_entropy", input)
     if backend == "reference":

@@ -18,7 +18,7 @@ from fastgpt.ops._checks import (
     check_window,
 )
 from fastgpt.ops._library import define
-from fastgpt.ops._rows import as_matrices, from_rows, unit_stride
+from fastgpt.ops._rows import from_rows, matrices_for
 
 
 def masked_softmax(
@@ -53,8 +53,8 @@ def masked_softmax(
     check_flag("causal", causal)
     check_window(window)
     float_out = autocast_dtype(scores) is not None and scores.dtype != torch.float64
-    x = as_matrices(scores)
     backend = dispatch.pick("masked_softmax", scores, causal=causal, window=window)
+    x = matrices_for(backend, scores)
     if backend == "reference":
         y = reference.masked_softmax_fwd(x, scale, causal, window, float_out)
     elif needs_grad(scores):
@@ -87,7 +87,7 @@ class _MaskedSoftmax(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         with without_grad():
             run = dispatch.kernel("masked_softmax", ctx.backend, "masked_softmax_bwd")
-            dscores = run(unit_stride(dy), y, *ctx.mask, ctx.in_dtype)
+            dscores = run(matrices_for(ctx.backend, dy), y, *ctx.mask, ctx.in_dtype)
         return None, *once("masked_softmax", (dy, y), dscores), None, None, None, None
 
 

@@ -12,7 +12,7 @@ from fastgpt.backends.reference import softmax as reference
 from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import FLOAT_DTYPES, autocast_dtype, check_float, check_tensor
 from fastgpt.ops._library import define
-from fastgpt.ops._rows import as_rows, from_rows, unit_stride
+from fastgpt.ops._rows import from_rows, rows_for
 
 
 def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
@@ -49,9 +49,9 @@ def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> T
 
     last = dim in (-1, rank - 1)
     moved = input if last else input.movedim(dim, -1)
-    x = as_rows(moved)
     float_out = dtype == torch.float32
     backend = dispatch.pick("softmax", input)
+    x = rows_for(backend, moved)
     if backend == "reference":
         y = reference.softmax_fwd(x, float_out)
     elif needs_grad(input):
@@ -75,7 +75,7 @@ class _Softmax(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         with without_grad():
             run = dispatch.kernel("softmax", ctx.backend, "softmax_bwd")
-            dx = run(unit_stride(dy), y, ctx.in_dtype)
+            dx = run(rows_for(ctx.backend, dy), y, ctx.in_dtype)
         return None, *once("softmax", (dy, y), dx), None
 
 
