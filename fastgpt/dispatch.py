@@ -115,6 +115,21 @@ def _probe(backend: str) -> str | None:
     return MISSING[backend]()
 
 
+@_constant
+def _most_head_dim(wide: bool) -> int:
+    return native.most_head_dim(wide)
+
+
+def _too_wide(op: str, backend: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a kernel that this machine can run has no room for such heads; None if it has."""
+    if backend != "cuda" or op not in ("attention", "varlen_attention"):
+        return None
+    most = _most_head_dim(dtype == torch.float32)
+    if head_dim <= most:
+        return None
+    return f"has shared memory for head_dim up to {most} on this GPU, got {head_dim}"
+
+
 def refusal(
     op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0
 ) -> str | None:
@@ -126,7 +141,8 @@ def refusal(
         return f"has no {op} kernel"
     if backend in DEVICES and device not in DEVICES[backend]:
         return f"runs on {' and '.join(DEVICES[backend])} tensors, got one on {device}"
-    return cell.refusal(dtype, head_dim) or _unavailable(backend)
+    reason = cell.refusal(dtype, head_dim) or _unavailable(backend)
+    return reason or _too_wide(op, backend, dtype, head_dim)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -222,6 +238,7 @@ def _first_of_table(op: str, device: str, dtype: torch.dtype, head_dim: int) -> 
             and device in DEVICES.get(name, (device,))
             and cell.accepts(dtype, head_dim)
             and _unavailable(name) is None
+            and _too_wide(op, name, dtype, head_dim) is None
         ):
             return name
     return "reference"

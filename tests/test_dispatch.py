@@ -167,6 +167,29 @@ def test_explain_names_the_tensor_cores_of_a_gpu(
     assert first_line(F.layer_norm, ROWS, 8).startswith("layer_norm: cuda (sm_")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "capability", "fits", "beyond"),
+    [
+        (torch.bfloat16, (8, 9), 128, 136),
+        (torch.float32, (12, 0), 96, 128),
+        (torch.bfloat16, (8, 0), 256, None),
+        (torch.float32, (9, 0), 256, None),
+    ],
+)
+def test_heads_beyond_the_shared_memory_of_a_gpu_go_to_triton(
+    dtype, capability, fits, beyond, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(dispatch, "_unavailable", lambda _: None)
+    assert dispatch._first_of_table("attention", "cuda", dtype, fits) == "cuda"
+    assert dispatch.refusal("attention", "cuda", "cuda", dtype, fits) is None
+    if beyond is not None:
+        assert dispatch._first_of_table("attention", "cuda", dtype, beyond) == "triton"
+        reason = dispatch.refusal("varlen_attention", "cuda", "cuda", dtype, beyond)
+        assert reason == f"has shared memory for head_dim up to {fits} on this GPU, got {beyond}"
+        assert dispatch._first_of_table("decode_attention", "cuda", dtype, beyond) == "cuda"
+
+
 def test_explain_follows_the_forced_backend() -> None:
     with fastgpt.backend("reference"):
         assert first_line(F.layer_norm, ROWS, 8) == "layer_norm: reference (plain torch)"

@@ -17,5 +17,7 @@ constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxBlockThreads = 1024;
 constexpr unsigned kDefaultSharedBytes = 48 * 1024;  // what a block may have without opting in
+// The most that a kernel with dynamic shared memory declares besides; the dynamic begins after it.
+constexpr unsigned kStaticSharedBytes = 1024;
 
 }  // namespace fastgpt::cuda

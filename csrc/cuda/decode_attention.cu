@@ -3,16 +3,15 @@
 //
 // Plan: a block takes up to 16 of the queries that share a key head over a run of splits of the
 // keys that they see; its warps take tiles in turn, each on its own, with two tiles on their way,
-// those of the next split under the end of the last. The warps of a split and then the splits (a
-// second kernel) are merged in ascending order. The keys of a split depend on the capacity, t,
-// window, d and dtype alone, and how many splits make a run changes no bit; lengths are read on the
-// device. New keys are read from k_new by everyone, and copied to their slots, which nobody reads,
-// by the blocks in turn.
+// those of the next split under the end of the last. The warps of a split, two and two, and then
+// the splits (a second kernel) are merged in a fixed order. The keys of a split depend on the
+// capacity, t, window, d and dtype alone, and how many splits make a run changes no bit; lengths
+// are read on the device. New keys are read from k_new by everyone, and copied to their slots,
+// which nobody reads, by the blocks in turn.
 // Bytes: the visible k and v once for 8 (float) or 16 queries. Flops: 4 t d a key and query head.
 // Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html
-#include <algorithm>
-
 #include "csrc/common/dispatch.h"
+#include "csrc/cuda/decode_plan.cuh"
 #include "csrc/cuda/decode_tile.cuh"
 #include "csrc/cuda/launch.cuh"
 #include "csrc/ops/attention.h"
@@ -21,25 +20,8 @@ namespace fastgpt::cuda {
 namespace {
 
 constexpr int kStages = 2;
-constexpr int kMostSplits = 64;
-constexpr int64_t kSplitBytes = 65536;      // less would be merged no sooner than it is read
-constexpr int64_t kFewestKeys = 64;         // of a split, whose keys are a multiple of so many
-constexpr int64_t kFar = int64_t{1} << 61;  // sums of a few such positions do not overflow
-constexpr int kMergeSplits = 8;             // that a block of the merge adds at once
-constexpr int64_t kMostRun = 16;            // more would leave ragged sequences to few blocks
-constexpr int64_t kBlocksWanted = 4;        // of a multiprocessor that holds two at a time
-
-struct DecodePlan {
-  int hk, group, t;
-  int rows;        // of a block, of the group * t queries that share a key head
-  int row_blocks;  // of a key head
-  int splits;
-  int split_keys;
-  int run;         // splits of a block
-  int runs;        // of a sequence
-  int64_t window;  // 0: none
-  bool aligned;    // chunks of 16 bytes, else single elements
-};
+constexpr int kMergeSplits = 8;  // that a block of the merge adds at once
+constexpr int kFloatBytes = sizeof(float);
 
 // A warp's two buffers hold more of a row the longer the row is: two warps fill an SM then.
 template <int kD>
@@ -51,9 +33,10 @@ struct Layout {
   static constexpr int kTileChunks = Tile::kKeys * Tile::kChunks;
   static constexpr int kStageChunks = kWarps<kD> * 2 * kTileChunks;  // k and v of every warp
   static constexpr int kQueryChunks = kRows * Tile::kChunks;
-  static constexpr int kResultFloats = kRows * (WarpResult<kD>::kStep + 2);  // of a warp
+  static constexpr int kResultFloats = kRows * (WarpResult<kD>::kStep + 2);  // of two warps
+  // All of it dynamic: what static memory there is begins a KiB of its own.
   static constexpr int kBytes = (kStages * kStageChunks + kQueryChunks) * kChunkBytes +
-                                kWarps<kD> * kResultFloats * static_cast<int>(sizeof(float));
+                                (kWarps<kD> / 2 * kResultFloats + 2 * kRows) * kFloatBytes;
 };
 
 __device__ int64_t count_at(const TensorRef& counts, int64_t b) {
@@ -155,7 +138,24 @@ template <typename Tile, typename T>
 __device__ void copy_tiles(uint4* s_k, uint4* s_v, const RunKeys& keys, const KeyRows<T>& k,
                            const KeyRows<T>& v, int first, int d, bool aligned) {
   constexpr int kPack = kChunkBytes / sizeof(T);
-#pragma unroll 4
+  int64_t slot = keys.slot + first;
+  if (slot >= keys.capacity) slot -= keys.capacity;
+  if (aligned && first + Tile::kKeys <= min(keys.n, keys.cached) &&
+      slot + Tile::kKeys <= keys.capacity) {
+    // Rows one after the other, as nearly all are: a third of the instructions.
+    static_assert(Tile::kKeys * Tile::kChunks % kWarp == 0, "lanes take as many chunks each");
+    const T *g_k = k.g_cache + slot * k.stride, *g_v = v.g_cache + slot * v.stride;
+#pragma unroll
+    for (int i = 0; i < Tile::kKeys * Tile::kChunks / kWarp; ++i) {
+      const int c = i * kWarp + threadIdx.x % kWarp, key = c / Tile::kChunks;
+      const int chunk = c % Tile::kChunks, to = swizzled<Tile::kChunks>(key, chunk);
+      const int bytes = chunk * kPack < d ? kChunkBytes : 0, column = bytes > 0 ? chunk * kPack : 0;
+      copy_chunk_async(s_k + to, g_k + key * k.stride + column, bytes);
+      copy_chunk_async(s_v + to, g_v + key * v.stride + column, bytes);
+    }
+    return;
+  }
+#pragma unroll 1
   for (int c = threadIdx.x % kWarp; c < Tile::kKeys * Tile::kChunks; c += kWarp) {
     const int key = c / Tile::kChunks, chunk = c % Tile::kChunks, i = first + key;
     const bool there = i < keys.n && chunk * kPack < d, cached = i < keys.cached;
@@ -228,7 +228,7 @@ struct SplitResult {
   float* g_state;
 };
 
-// Merges what the warps found, four columns to a thread at once.
+// Merges what pairs of warps found, four columns to a thread at once.
 template <typename T, int kD, int kRows>
 __device__ void merge_warps(const DecodeAttention& p, const DecodePlan& plan, int unit, int split,
                             int row0, const float* s_results, const float* s_states,
@@ -240,9 +240,9 @@ __device__ void merge_warps(const DecodeAttention& p, const DecodePlan& plan, in
     if (row0 + row >= rows) return;
     float top = -INFINITY, sum = 0.0f, r_o[4] = {};
 #pragma unroll
-    for (int w = 0; w < kWarps<kD>; ++w) top = fmaxf(top, s_states[2 * (w * kRows + row)]);
+    for (int w = 0; w < kWarps<kD> / 2; ++w) top = fmaxf(top, s_states[2 * (w * kRows + row)]);
 #pragma unroll
-    for (int w = 0; w < kWarps<kD>; ++w) {
+    for (int w = 0; w < kWarps<kD> / 2; ++w) {
       const float* s_state = s_states + 2 * (w * kRows + row);
       add_weighted(s_results + (w * kRows + row) * kStep + column, s_state, top, r_o, sum);
     }
@@ -265,7 +265,6 @@ __global__ void __launch_bounds__(kWarps<kD>* kWarp, 2)
   using Shape = Layout<T, kD, kRows>;
   using Tile = typename Shape::Tile;
   FASTGPT_DYNAMIC_SHARED(shared);
-  FASTGPT_SHARED(int, s_bounds, 2 * kRows);
   const int d = static_cast<int>(p.q.size[3]), rows = plan.group * plan.t;
   const int block = static_cast<int>(blockIdx.x);
   const int row_block = block % plan.row_blocks;  // fastest: they read the same keys
@@ -281,7 +280,9 @@ __global__ void __launch_bounds__(kWarps<kD>* kWarp, 2)
     uint4* s_tiles = reinterpret_cast<uint4*>(shared);
     uint4* s_q = s_tiles + kStages * Shape::kStageChunks;
     float* s_results = reinterpret_cast<float*>(s_q + Shape::kQueryChunks);
-    float* s_states = s_results + kWarps<kD> * kRows * WarpResult<kD>::kStep;
+    constexpr int kHalf = kWarps<kD> / 2, kResult = kRows * WarpResult<kD>::kStep;
+    float* s_states = s_results + kHalf * kResult;
+    int* s_bounds = reinterpret_cast<int*>(s_states + kHalf * 2 * kRows);
     const int warp = threadIdx.x / kWarp;
     const RunKeys keys = run_keys(p, v, first, n);
     const KeyRows<T> k_rows = key_rows<T>(p.k_cache, p.k_new, b, head);
@@ -299,6 +300,7 @@ __global__ void __launch_bounds__(kWarps<kD>* kWarp, 2)
       commit_copies();
     };
     ask(0, warp * Tile::kKeys);
+    ask(1, warp * Tile::kKeys + kStep);
 
     const int row0 = row_block * kRows;
     for (int at = threadIdx.x; at < Shape::kQueryChunks; at += blockDim.x) {
@@ -322,16 +324,23 @@ __global__ void __launch_bounds__(kWarps<kD>* kWarp, 2)
       const int end = min(begin + plan.split_keys, n);
       Tile tile(s_bounds, p.scale * kLog2E);
       for (; key < end; key += kStep) {
-        ask(stage ^ 1, key + kStep);
         wait_copies<1>();
         __syncwarp();  // the copies of the other lanes
         tile.absorb(s_q, tile_of(stage), tile_of(stage) + Shape::kTileChunks, key);
-        __syncwarp();  // all have read the tile that the next round overwrites
+        __syncwarp();  // all have read the tile that the next one overwrites
+        ask(stage, key + 2 * kStep);
         stage ^= 1;
       }
+      const WarpResult<kD> of_pair{s_results + warp % kHalf * kResult,
+                                   s_states + warp % kHalf * 2 * kRows};
       if (begin > 0) __syncthreads();  // the results of the last split have been read
-      tile.save(WarpResult<kD>{s_results + warp * kRows * WarpResult<kD>::kStep,
-                               s_states + warp * 2 * kRows});
+      if (warp >= kHalf) tile.save(of_pair);
+      __syncthreads();
+      if (warp < kHalf) {
+        tile.add(of_pair);
+        __syncwarp();  // all have read what they overwrite
+        tile.save(of_pair);
+      }
       __syncthreads();
       merge_warps<T, kD, kRows>(p, plan, unit, split, row0, s_results, s_states, to);
       ++split;
@@ -399,53 +408,6 @@ void visit_head_dim(int64_t d, const F& f) {
   f(Constant<256>{});
 }
 
-// Also asked of strides that a batch of one does not use: its bits are those it has among others.
-bool aligned(const TensorRef& t) {
-  if (t.data == nullptr) return true;
-  const int64_t pack = t.dtype == DType::f32 ? 4 : 8;
-  bool whole = reinterpret_cast<uintptr_t>(t.data) % kChunkBytes == 0 && t.size[3] % pack == 0;
-  for (int i = 0; i < 3; ++i) whole = whole && t.stride[i] % pack == 0;
-  return whole;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// How many keys make a split is a function of the shape of one sequence.
-DecodePlan plan_decode(const DecodeAttention& p, int64_t columns) {
-  const int64_t capacity = p.k_cache.size[2], t = p.q.size[2];
-  const int64_t group = p.q.size[1] / p.k_cache.size[1], rows = group * t;
-  check_at_most(rows, int64_t{1} << 30, "queries of a key head");  // the kernels count in int
-  DecodePlan plan;
-  plan.hk = static_cast<int>(p.k_cache.size[1]);
-  plan.group = static_cast<int>(group);
-  plan.t = static_cast<int>(t);
-  const bool wide = p.q.dtype == DType::f32;
-  plan.rows = wide ? (rows == 1 ? 1 : 8) : (rows <= 8 ? 8 : 16);
-  plan.row_blocks = static_cast<int>(ceil_div(rows, plan.rows));
-  // Where no position is further away than the cache is long, the band hides nothing.
-  const bool banded = p.window > 0 && (p.ring || p.window < capacity);
-  plan.window = banded ? std::min(p.window, kFar) : 0;
-  const int64_t span = banded ? std::min(capacity, plan.window + t - 1) : capacity;
-  int64_t keys = kSplitBytes / (2 * columns * (wide ? 4 : 2)) / kFewestKeys * kFewestKeys;
-  keys = std::max(keys, kFewestKeys);
-  const int64_t most = std::max<int64_t>(1, kMostSplits / ceil_div(t, 16));
-  while (span > keys * most) keys *= 2;
-  plan.splits = static_cast<int>(std::max<int64_t>(1, ceil_div(span, keys)));
-  // The longest runs that give every multiprocessor its blocks.
-  const int64_t blocks = p.q.size[0] * plan.hk * plan.row_blocks * plan.splits;
-  const int64_t wanted = kBlocksWanted * multiprocessors();
-  const int64_t longest = std::min<int64_t>({kMostRun, plan.splits, blocks / wanted});
-  plan.runs = static_cast<int>(ceil_div(plan.splits, std::max<int64_t>(longest, 1)));
-  plan.run = static_cast<int>(ceil_div(plan.splits, plan.runs));
-  check_at_most(keys * plan.run, int64_t{1} << 30, "keys of a block");
-  plan.split_keys = static_cast<int>(keys);
-  plan.aligned = aligned(p.q) && aligned(p.k_cache) && aligned(p.v_cache) && aligned(p.k_new) &&
-                 aligned(p.v_new);
-  return plan;
-}
-
 // f(Constant<kD>, plan, number of partial results).
 template <typename F>
 void with_plan(const DecodeAttention& p, const F& f) {
@@ -467,18 +429,20 @@ int64_t decode_attention_workspace(const DecodeAttention& p) {
 }
 
 void decode_attention(const DecodeAttention& p, float* workspace, void* stream) {
-  with_plan(p, [&](auto columns, const DecodePlan& plan, int64_t partials) {
+  with_plan(p, [&](auto columns, DecodePlan plan, int64_t partials) {
     constexpr int kD = decltype(columns)::kValue;
     const int64_t units = p.q.size[0] * p.k_cache.size[1];
-    const dim3 grid(grid_size(units * plan.runs * plan.row_blocks));
     const SplitResult result{workspace, workspace + partials * kD};
     visit_dtype<__nv_bfloat16, __half>(p.q.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       constexpr bool kWide = std::is_same_v<T, float>;
       visit_bool(plan.rows == (kWide ? 1 : 8), [&](auto few) {
         constexpr int kRows = decltype(few)::kValue ? (kWide ? 1 : 8) : (kWide ? 8 : 16);
-        launch(decode_attention_kernel<T, kD, kRows>, grid, dim3(kWarps<kD> * kWarp),
-               Layout<T, kD, kRows>::kBytes, stream, p, plan, result);
+        constexpr int kBytes = Layout<T, kD, kRows>::kBytes;
+        choose_run(plan, units, kBytes);
+        launch(decode_attention_kernel<T, kD, kRows>,
+               dim3(grid_size(units * plan.runs * plan.row_blocks)), dim3(kWarps<kD> * kWarp),
+               kBytes, stream, p, plan, result);
       });
       if (plan.splits == 1) return;
       launch(decode_attention_merge_kernel<T, kD>,

@@ -82,17 +82,32 @@ class DecodeTile {
     }
   }
 
+  // What another warp found of the same queries.
+  __device__ void add(const WarpResult<kD>& from) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const float* s_state = from.s_state + 2 * (8 * tile + group());
+      const float top = fmaxf(r_top_[tile], s_state[0]), center = centered(top);
+      const float ours = exp2_approx(r_top_[tile] - center);
+      const float theirs = exp2_approx(s_state[0] - center);
+      r_sum_[tile] = fmaf(r_sum_[tile], ours, pair() == 0 ? theirs * s_state[1] : 0.0f);
+      r_top_[tile] = top;
+      float r_ours[2], r_theirs[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        r_ours[n] = __shfl_sync(kFullWarp, ours, 4 * (2 * pair() + n));
+        r_theirs[n] = __shfl_sync(kFullWarp, theirs, 4 * (2 * pair() + n));
+      }
+      for_own(tile, [&](int m, int e, int at) {
+        r_o_[m][tile][e] = fmaf(r_theirs[e % 2], from.s_o[at], r_o_[m][tile][e] * r_ours[e % 2]);
+      });
+    }
+  }
+
   __device__ void save(const WarpResult<kD>& to) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int m = 0; m < kD / 16; ++m) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = 8 * tile + 2 * pair() + e % 2, column = 16 * m + group() + e / 2 * 8;
-          to.s_o[row * WarpResult<kD>::kStep + column] = r_o_[m][tile][e];
-        }
-      }
+      for_own(tile, [&](int m, int e, int at) { to.s_o[at] = r_o_[m][tile][e]; });
       const float sum = warp_sum<4>(r_sum_[tile]);
       if (pair() == 0) {
         to.s_state[2 * (8 * tile + group())] = r_top_[tile];
@@ -109,6 +124,19 @@ class DecodeTile {
   __device__ static int lane() { return threadIdx.x % kWarp; }
   __device__ static int group() { return lane() / 4; }
   __device__ static int pair() { return lane() % 4; }
+
+  // f(m, e, where r_o_[m][tile][e] has its place in a result).
+  template <typename F>
+  __device__ static void for_own(int tile, const F& f) {
+#pragma unroll
+    for (int m = 0; m < kD / 16; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = 8 * tile + 2 * pair() + e % 2, column = 16 * m + group() + e / 2 * 8;
+        f(m, e, row * WarpResult<kD>::kStep + column);
+      }
+    }
+  }
 
   // Columns 16 step to 16 step + 16 of the queries; rows that idle keep their zeros.
   __device__ static void load_queries(const uint4* s_q, int step, uint32_t (&r_q)[4]) {
@@ -200,6 +228,27 @@ class DecodeTile<float, kD, kRows> {
         for (int row = 0; row < kRows; ++row) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) r_o_[row][i][e] = fmaf(r_p[row], r_v[e], r_o_[row][i][e]);
+        }
+      });
+    }
+  }
+
+  // What another warp found of the same queries.
+  __device__ void add(const WarpResult<kD>& from) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float* s_state = from.s_state + 2 * row;
+      const float top = fmaxf(r_top_[row], s_state[0]), center = centered(top);
+      const float ours = exp2_approx(r_top_[row] - center);
+      const float theirs = exp2_approx(s_state[0] - center);
+      r_sum_[row] = fmaf(r_sum_[row], ours, lane() % kKeys == 0 ? theirs * s_state[1] : 0.0f);
+      r_top_[row] = top;
+      for_own_chunks([&](int i, int chunk) {
+        float r_theirs[4];
+        load<4>(from.s_o + row * WarpResult<kD>::kStep + 4 * chunk, r_theirs);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          r_o_[row][i][e] = fmaf(theirs, r_theirs[e], r_o_[row][i][e] * ours);
         }
       });
     }

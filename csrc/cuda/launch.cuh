@@ -27,9 +27,9 @@ static inline unsigned grid_size(int64_t blocks) {
 }
 
 #if defined(FASTGPT_EMULATED)
+using emulator::block_shared_bytes;
 using emulator::compute_capability;
 using emulator::launch;
-using emulator::most_shared_bytes;
 using emulator::multiprocessors;
 #else
 constexpr int kKnownDevices = 64;  // of which what does not change is asked once
@@ -76,18 +76,31 @@ static inline int multiprocessors() {
       known, [](int device) { return attribute_of(device, cudaDevAttrMultiProcessorCount); });
 }
 
-// What a block may have of shared memory on the current device, when launch() has opted in.
+// What a block may have of shared memory on the current device, static and dynamic.
+static inline size_t block_shared_bytes() {
+  static std::atomic<int> known[kKnownDevices];
+  return static_cast<size_t>(known_of_device(known, [](int device) {
+    return attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  }));
+}
+#endif
+
+// What a launch may ask for.
 static inline size_t most_shared_bytes() {
-  const int bytes = attribute_of(current_device(), cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  return static_cast<size_t>(bytes);
+  return block_shared_bytes() - kStaticSharedBytes;
 }
 
+#if !defined(FASTGPT_EMULATED)
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Args... args) {
-  if (shared_bytes > kDefaultSharedBytes) {
+  if (shared_bytes > kDefaultSharedBytes - kStaticSharedBytes) {
+    const size_t most = most_shared_bytes();
+    check_at_most(static_cast<int64_t>(shared_bytes), static_cast<int64_t>(most),
+                  "bytes of shared memory that this GPU gives a block");
+    // Always the same limit: another thread may be about to launch this kernel with more.
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
+                               static_cast<int>(most)),
           "shared memory of a kernel");
   }
   const cudaStream_t on = static_cast<cudaStream_t>(stream);

@@ -345,8 +345,7 @@ void layer_norm_bwd(const LayerNormBwd& p, float* workspace, void* stream) {
   const int widest = std::min(pack_of(p.x), pack_of(p.dy));  // or float32 dy would spill
   const RowPlan plan = plan_rows(n, widest, {p.x, p.dy, p.ds, p.dx});
   const dim3 grid(grid_size(chunks));
-  constexpr size_t kReduceBytes = 1024;  // the arrays for row_sum, and to the next multiple of it
-  const size_t room = most_shared_bytes() - kReduceBytes;
+  const size_t room = most_shared_bytes();
   visit_rows(plan, p.x.dtype, p.dy.dtype, [&](auto tx, auto ty, auto pack, auto cached) {
     using T = typename decltype(tx)::type;
     using Y = typename decltype(ty)::type;

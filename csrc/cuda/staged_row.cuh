@@ -55,9 +55,9 @@ class StagedRow {
 // pay, as measured on an H200: where L1 holds it, and where there is no room for all of it.
 template <typename T>
 int staged_bytes(int64_t n) {
-  constexpr int64_t kPack = StagedRow<T>::kPack, kLeast = 16 << 10, kStaticBytes = 1024;
+  constexpr int64_t kPack = StagedRow<T>::kPack, kLeast = 16 << 10;
   const int64_t bytes = (n + 2 * kPack - 2) / kPack * kChunkBytes;
-  const int64_t room = static_cast<int64_t>(most_shared_bytes()) - kStaticBytes;
+  const auto room = static_cast<int64_t>(most_shared_bytes());
   return bytes < kLeast || bytes > room ? 0 : static_cast<int>(bytes);
 }
 

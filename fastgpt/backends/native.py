@@ -112,6 +112,17 @@ def cuda_refusal() -> str | None:
     return None
 
 
+def most_head_dim(wide: bool) -> int:
+    """The widest heads, of float32 if `wide`, whose attention fits into this GPU's shared memory.
+
+    The largest tiles need 132 KiB a block: A100 and later datacenter GPUs give 163 and more, those
+    for desktops 99.
+    """
+    if torch.cuda.get_device_capability() in ((8, 6), (8, 9), (12, 0), (12, 1)):
+        return 96 if wide else 128
+    return 256
+
+
 def cuda_kernel(op: str, tensor: torch.Tensor, head_dim: int, features: bool) -> str:
     """What the CUDA forward of `op` runs on: the GPU and, for attention, its tensor cores' form.
 

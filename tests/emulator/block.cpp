@@ -7,6 +7,8 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "csrc/cuda/arch.h"
+
 namespace fastgpt::emulator {
 
 Block block;
@@ -237,8 +239,8 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, void (*kernel)(void*), 
   require(grid.x <= 0x7fffffffu, "a grid has up to 2^31 - 1 blocks in x", grid.x);
   require(grid.y <= 65535 && grid.z <= 65535, "a grid has up to 65535 blocks in y and z",
           grid.y > grid.z ? grid.y : grid.z);
-  require(shared_bytes <= kMaxSharedBytes, "a block has up to 232448 bytes of shared memory",
-          shared_bytes);
+  require(shared_bytes + cuda::kStaticSharedBytes <= block_shared_bytes(),
+          "a block has up to 162 or 226 KiB of dynamic shared memory", shared_bytes);
   take_schedule();
   block.grid = grid;
   block.size = size;

@@ -58,7 +58,7 @@ struct Memory {
 // they may use wgmma, which 90 has.
 int compute_capability();
 void set_compute_capability(int capability);
-inline size_t most_shared_bytes() {
+inline size_t block_shared_bytes() {
   return (compute_capability() == 80 ? 163 : 227) * 1024;
 }
 

@@ -253,6 +253,13 @@ __global__ void misaligned_kernel(float* g_x) {
   if (threadIdx.x == 0) g_x[0] = r[0];
 }
 
+__global__ void much_static_kernel(float* g_x) {
+  FASTGPT_DYNAMIC_SHARED(s_dynamic);
+  FASTGPT_SHARED(float, s_static, kStaticSharedBytes / sizeof(float) + 4);
+  s_static[threadIdx.x] = g_x[threadIdx.x];
+  s_dynamic[threadIdx.x] = 0;
+}
+
 __global__ void local_array_kernel(float* g_x) {
   float r[4] = {1.0f, 2.0f, 3.0f, 4.0f};
   g_x[threadIdx.x] = r[static_cast<int>(g_x[threadIdx.x]) % 5];
@@ -359,6 +366,13 @@ const Register accesses[] = {
                beyond_global_kernel);
      }},
     {"a misaligned load", [] { reports({"misaligned access", "copy.cuh:"}, misaligned_kernel); }},
+    {"more static shared memory than a launch leaves room for",
+     [] {
+       expect_report({"more than 1 KiB of static shared memory beside dynamic"}, [] {
+         const Buffer<float> x(64);
+         run_block(much_static_kernel, 64, 256, x.data());
+       });
+     }},
     {"a store of global memory in shared memory",
      [] {
        reports({"thread ",

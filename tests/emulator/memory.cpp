@@ -9,6 +9,7 @@
 #include <bitset>
 #include <cstring>
 
+#include "csrc/cuda/arch.h"
 #include "tests/emulator/block.h"
 
 namespace fastgpt::emulator {
@@ -349,6 +350,10 @@ void* static_shared(const void* tag, size_t bytes) {
   if (total > kMaxSharedBytes || total - arrays[0].end > 48 * 1024) {
     fail("% asks for an array beyond 48 KiB of static or 227 KiB of all shared memory",
          {FASTGPT_PC});
+  }
+  const size_t dynamic = arrays[0].end - arrays[0].begin;
+  if (dynamic > 0 && total - dynamic > cuda::kStaticSharedBytes) {
+    fail("% asks for more than 1 KiB of static shared memory beside dynamic", {FASTGPT_PC});
   }
   std::memset(arena + begin, kPoison, bytes);
   return arena + begin;

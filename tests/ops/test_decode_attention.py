@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastgpt
 from fastgpt import dispatch
 from fastgpt import functional as F
 from tests.attention_in_torch import attend
@@ -175,6 +176,31 @@ SPEC = OpSpec(
 @pytest.mark.parametrize(("backend", "dtype", "case"), grid(SPEC))
 def test_contract(backend: str, dtype: torch.dtype, case: Case) -> None:
     check_contract(SPEC, backend, dtype, case)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("ring", [False, True], ids=["linear", "ring"])
+def test_a_full_gpu_gives_the_bits_of_a_sequence_alone(ring: bool) -> None:
+    """On a full GPU a block takes several splits in turn, on an idle one each split has a block."""
+    skip_unless_runs("decode_attention", "cuda", torch.bfloat16)
+    b, h, hk, t, capacity, d = 96, 16, 8, 3, 4096, 64
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    q, new = torch.randn(b, h, t, d, **options), torch.randn(2, b, hk, t, d, **options)
+    caches = torch.randn(2, b, hk, capacity, d, **options)
+    most = 2 * capacity if ring else capacity - t
+    lengths = torch.randint(most // 2, most, (b,), dtype=torch.int32, device="cuda")
+
+    def step(of: slice) -> list[Tensor]:
+        k, v = caches[:, of].clone()
+        appended = {"k_new": new[0, of], "v_new": new[1, of]}
+        out = F.decode_attention(q[of], k, v, lengths[of], window=4000, ring=ring, **appended)
+        return [out, k, v]
+
+    with fastgpt.backend("cuda"):
+        together = step(slice(None))
+        for i in range(0, b, 19):
+            alone = step(slice(i, i + 1))
+            assert all(torch.equal(x[i], y[0]) for x, y in zip(together, alone, strict=True))
 
 
 FAR = 2**31 - 1

@@ -64,6 +64,7 @@ CASES = (
     case("float32_parameters", 6, 48, parameter_dtype=torch.float32),
     case("turns_of_short_rows", 2200, 16),
     case("turns_of_rows_of_warps", 1100, 520, dtypes=(torch.float32,)),
+    case("just_within_48_kib", 3, 4096, dtypes=(torch.float32,)),
     case("beyond_the_registers", 3, 8200, dtypes=(torch.float32,)),
     case("gpt3_13b", 3, 5140),
     case("gpt3_175b", 2, 12288, dtypes=(torch.bfloat16,)),

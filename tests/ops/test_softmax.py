@@ -54,6 +54,7 @@ CASES = (
     case("holes_of_minus_inf", 6, 48, hole=float("-inf")),
     case("to_float32", 6, 48, dtype=torch.float32),
     case("gpt3_vocabulary", 2, 50257),
+    case("just_within_48_kib", 1, 12280, dtypes=(torch.float32,)),
     case("just_over_what_registers_hold", 2, 16392, dtypes=(torch.bfloat16,)),
     case("one_less_than_whole_packs", 1, 16391, dtypes=(torch.bfloat16,)),
     case("beyond_shared_memory", 1, 131077, dtypes=(torch.bfloat16,)),
