@@ -2,10 +2,11 @@
 // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds with g = dy * weight, xhat the normalized
 // x.
 //
-// Plan: a range of rows for each thread; a row is brought to float once and stays in L1 between its
-// passes. dweight and dbias: one partial sum per chunk of rows (a function of r alone), added in
-// ascending order. Results larger than the caches are streamed past them. Learnt: threads that took
-// items of rows in turn were 1.5x slower in one process out of five.
+// Plan: a range of rows for each thread; a row stays in L1 between its passes. dweight and dbias:
+// one partial sum per chunk of rows (a function of r alone), added in ascending order. Results
+// larger than the caches are streamed past them. Learnt: threads that took items of rows in turn
+// were 1.5x slower in one process out of five; rows of 12288 bf16 kept as floats between the
+// passes, which do not fit into L1, took 1.8x the time.
 // Bytes: forward reads x and writes y (r n each); add_layer_norm reads two and writes two; backward
 // reads dy, x (and ds) and writes dx. Flops: about 8 n a row forward, 14 n backward: memory-bound.
 // Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
@@ -23,14 +24,14 @@ namespace {
 constexpr int64_t kGrainElements = 16384;  // below this a second thread costs more than it saves
 
 // y from the row x (n) and the sum of its elements. Asks for the row of the input that comes next,
-// and for the lines of y, while it works in L1. x, weight and bias are split where kSplits says so.
-template <typename T, typename Y>
-void normalize_row(const float* x, float sum, int64_t n, const float* weight, const float* bias,
+// and for the lines of y, while it works in L1. kSplit: weight, bias and an x of floats are split.
+template <bool kSplit, typename Source, typename T, typename Y>
+void normalize_row(const Source* x, float sum, int64_t n, const float* weight, const float* bias,
                    float eps, bool streaming, const T* next, Y* y, float* mean_out,
                    float* rstd_out) {
   const float mean = sum / static_cast<float>(n);
   const Vec center = set1(mean);
-  const float square = sum_vectors<false>(
+  const float square = sum_vectors<kSplit>(
       n,
       [&](int64_t, int, Vec x_at) {
         const Vec d = x_at - center;
@@ -43,7 +44,7 @@ void normalize_row(const float* x, float sum, int64_t n, const float* weight, co
       x);
   const float rstd = 1.0f / __builtin_sqrtf(square / static_cast<float>(n) + eps);
   const Vec scale = set1(rstd);
-  map_vectors<kSplits<T, Y>>(
+  map_vectors<kSplit>(
       n, y, streaming,
       [&](int64_t i, int lanes, Vec x_at) {
         const Vec xhat = (x_at - center) * scale;
@@ -54,23 +55,11 @@ void normalize_row(const float* x, float sum, int64_t n, const float* weight, co
   *rstd_out = rstd;
 }
 
-// Gathers a row of x as floats; returns its sum.
-template <bool kSplit, typename T>
-float gather_row(const T* x, int64_t n, float* floats) {
-  return sum_vectors<kSplit>(
-      n,
-      [&](int64_t i, int lanes, Vec x_at) {
-        store_lanes(floats + i, x_at, lanes);
-        return x_at;
-      },
-      NothingAhead{}, x);
-}
-
-// s = x + residual, rounded, which goes to floats too unless they are s; returns the sum of s.
+// s = x + residual, rounded, which goes to floats too if there are any; returns the sum of s.
 template <bool kSplit, typename T>
 float gather_sum(const T* x, const T* residual, T* s, int64_t n, bool streaming, float* floats) {
   const auto keep = [&](int64_t i, int lanes, Vec v) {
-    if (static_cast<void*>(floats) != static_cast<void*>(s)) store_lanes(floats + i, v, lanes);
+    if (floats != nullptr) store_lanes(floats + i, v, lanes);
     return v;
   };
   Vec even_sum = zero(), odd_sum = zero();
@@ -103,27 +92,25 @@ void forward(const LayerNormFwd& p) {
   const float *weight = weights.data(), *bias = biases.data();
   const int tensors = p.residual ? 4 : 2;
   const bool stream_y = streams(p.y, tensors), stream_s = p.s && streams(p.s, tensors);
-  // Floats that are in memory, and not on their way past the caches, need no copy.
-  const bool in_place = sizeof(T) == sizeof(float) && !stream_s;
   const int workers = worker_count(r, kGrainElements / n + 1);
-  const WorkerScratch scratch(workers, in_place ? 0 : n * sizeof(float));
+  // A sum on its way past the caches is kept besides, as floats.
+  const WorkerScratch scratch(workers, stream_s ? n * sizeof(float) : 0);
   parallel_ranges(r, workers, [&](int64_t begin, int64_t end, int worker) {
     for (int64_t row = begin; row < end; ++row) {
       T* x = row_of<T>(p.x, row);
       T* s = p.residual ? row_of<T>(p.s, row) : x;  // what is normalized
-      float* floats = in_place ? reinterpret_cast<float*>(s) : scratch.of(worker);
-      float sum;
-      if (p.residual) {
-        sum = gather_sum<kSplit>(x, row_of<T>(p.residual, row), s, n, stream_s, floats);
-      } else if (in_place) {
-        sum = sum_vectors<false>(
-            n, [](int64_t, int, Vec x_at) { return x_at; }, NothingAhead{}, floats);
-      } else {
-        sum = gather_row<kSplit>(x, n, floats);
-      }
-      normalize_row(floats, sum, n, weight, bias, p.eps, stream_y, row_of<T>(p.x, row + 1),
-                    row_of<Y>(p.y, row), static_cast<float*>(p.mean.data) + row,
-                    static_cast<float*>(p.rstd.data) + row);
+      float* floats = stream_s ? scratch.of(worker) : nullptr;
+      const float sum =
+          p.residual ? gather_sum<kSplit>(x, row_of<T>(p.residual, row), s, n, stream_s, floats)
+                     : sum_vectors<kSplit>(
+                           n, [](int64_t, int, Vec x_at) { return x_at; }, NothingAhead{}, x);
+      const auto normalize = [&](const auto* source) {
+        normalize_row<kSplit>(source, sum, n, weight, bias, p.eps, stream_y,
+                              row_of<T>(p.x, row + 1), row_of<Y>(p.y, row),
+                              static_cast<float*>(p.mean.data) + row,
+                              static_cast<float*>(p.rstd.data) + row);
+      };
+      floats != nullptr ? normalize(floats) : normalize(s);
     }
     stream_fence();
   });
