@@ -28,7 +28,7 @@ struct DecodePlan {
 };
 
 // Also asked of strides that a batch of one does not use: its bits are those it has among others.
-inline bool aligned(const TensorRef& t) {
+static inline bool aligned(const TensorRef& t) {
   if (t.data == nullptr) return true;
   const int64_t pack = t.dtype == DType::f32 ? 4 : 8;
   bool whole = reinterpret_cast<uintptr_t>(t.data) % kChunkBytes == 0 && t.size[3] % pack == 0;
@@ -36,12 +36,12 @@ inline bool aligned(const TensorRef& t) {
   return whole;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
+static inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
 // All but the run. columns: of the kernel, at least head_dim.
-inline DecodePlan plan_decode(const DecodeAttention& p, int64_t columns) {
+static inline DecodePlan plan_decode(const DecodeAttention& p, int64_t columns) {
   const int64_t capacity = p.k_cache.size[2], t = p.q.size[2];
   const int64_t group = p.q.size[1] / p.k_cache.size[1], rows = group * t;
   check_at_most(rows, int64_t{1} << 30, "queries of a key head");  // the kernels count in int
@@ -70,7 +70,7 @@ inline DecodePlan plan_decode(const DecodeAttention& p, int64_t columns) {
 
 // Chooses how many splits make a run: long ones begin less often, short ones fill the last wave of
 // blocks better. block_bytes: of shared memory.
-inline void choose_run(DecodePlan& plan, int64_t sequences, int block_bytes) {
+static inline void choose_run(DecodePlan& plan, int64_t sequences, int block_bytes) {
   constexpr double kStart = 0.25;      // in times of a split: until a block's first tile is there
   constexpr int64_t kReserved = 1024;  // bytes that the system takes of a block's shared memory
   const auto room = static_cast<int64_t>(block_shared_bytes()) + kReserved;
