@@ -38,7 +38,8 @@ class Plant:
 
 
 def _centered(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    dy, x, weight, mean, rstd = (None if a is None else a.float() for a in args[:5])
+    dy, x, weight, statistics = (None if a is None else a.float() for a in args[:4])
+    mean, rstd = statistics
     xhat = (x - mean[:, None]) * rstd[:, None]
     return dy if weight is None else dy * weight, xhat, rstd[:, None]
 
@@ -74,21 +75,21 @@ def variance_over_n_minus_1(raw: Raw, x: Tensor, weight: Any, bias: Any, *rest: 
     y = y if weight is None else y * weight.float()
     y = y if bias is None else y + bias.float()
     assert n > 1
-    return y.to(torch.float32 if float_out else x.dtype), wide.mean(-1), rstd
+    return y.to(torch.float32 if float_out else x.dtype), torch.stack((wide.mean(-1), rstd))
 
 
 def eps_outside_the_root(raw: Raw, x: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
     eps, float_out = rest
-    _, mean, rstd = raw(x, weight, bias, eps, True)
+    mean, rstd = raw(x, weight, bias, eps, True)[1]
     rstd = 1 / ((1 / rstd**2 - eps).sqrt() + 100 * eps)
     y = (x.float() - mean[:, None]) * rstd[:, None]
     y = y if weight is None else y * weight.float()
     y = y if bias is None else y + bias.float()
-    return y.to(torch.float32 if float_out else x.dtype), mean, rstd
+    return y.to(torch.float32 if float_out else x.dtype), torch.stack((mean, rstd))
 
 
 def ignores_ds(raw: Raw, *args: Any) -> Any:
-    return raw(*args[:5], None, *args[6:])
+    return raw(*args[:4], None, *args[5:])
 
 
 LAYER_NORM = (

@@ -18,46 +18,51 @@ LayerNormFwd forward_params(const Tensor& x, const std::optional<Tensor>& weight
   return p;
 }
 
-// Runs the kernel; returns mean and rstd (r).
-std::tuple<Tensor, Tensor> run(LayerNormFwd& p, const Tensor& x) {
-  Tensor mean = empty(x, {p.x.size[0]}, ScalarType::Float);
-  Tensor rstd = empty(x, {p.x.size[0]}, ScalarType::Float);
-  p.mean = view(mean);
-  p.rstd = view(rstd);
+// Row i of `statistics` (2, r): the means, then the reciprocal deviations.
+TensorRef row(const TensorRef& statistics, int i) {
+  TensorRef r = statistics;
+  r.data = static_cast<float*>(statistics.data) + i * statistics.stride[0];
+  r.ndim = 1;
+  r.size[0] = statistics.size[1];
+  r.stride[0] = 1;
+  return r;
+}
+
+// Runs the kernel; returns the statistics (2, r) of the rows: one allocation less than two tensors.
+Tensor run(LayerNormFwd& p, const Tensor& x) {
+  Tensor statistics = empty(x, {2, p.x.size[0]}, ScalarType::Float);
+  p.mean = row(view(statistics), 0);
+  p.rstd = row(view(statistics), 1);
   if (x.numel() > 0) {
     run_on_device_of(
         x, [&] { cpu::layer_norm_fwd(p); }, [&](void* stream) { cuda::layer_norm_fwd(p, stream); });
   }
-  return {mean, rstd};
+  return statistics;
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, std::optional<Tensor> weight,
-                                                  std::optional<Tensor> bias, double eps,
-                                                  bool float_out) {
+std::tuple<Tensor, Tensor> layer_norm_fwd(Tensor x, std::optional<Tensor> weight,
+                                          std::optional<Tensor> bias, double eps, bool float_out) {
   Tensor y = empty(x, x.sizes(), result_dtype(x, float_out));
   LayerNormFwd p = forward_params(x, weight, bias, eps, y);
-  auto [mean, rstd] = run(p, x);
-  return {y, mean, rstd};
+  return {y, run(p, x)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual,
-                                                              std::optional<Tensor> weight,
-                                                              std::optional<Tensor> bias,
-                                                              double eps, bool float_out) {
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual,
+                                                      std::optional<Tensor> weight,
+                                                      std::optional<Tensor> bias, double eps,
+                                                      bool float_out) {
   Tensor y = empty(x, x.sizes(), result_dtype(x, float_out));
   Tensor s = empty(x, x.sizes());
   LayerNormFwd p = forward_params(x, weight, bias, eps, y);
   require(on_device(x, residual), "residual");
   p.residual = view_stack(residual, "residual", p.x.dtype, p.x);
   p.s = view_stack(s, "s", 2);
-  auto [mean, rstd] = run(p, x);
-  return {y, s, mean, rstd};
+  return {y, s, run(p, x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, std::optional<Tensor> weight,
-                                                  Tensor mean, Tensor rstd,
-                                                  std::optional<Tensor> ds, bool need_dweight,
-                                                  bool need_dbias) {
+                                                  Tensor statistics, std::optional<Tensor> ds,
+                                                  bool need_dweight, bool need_dbias) {
   LayerNormBwd p;
   p.x = view_input_stack(x, "x", 2);
   const int64_t r = p.x.size[0], n = p.x.size[1];
@@ -69,13 +74,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, std::opti
     torch::stable::zero_(dbias);
     return {dx, dweight, dbias};
   }
-  require(on_device(x, dy) && on_device(x, weight) && on_device(x, mean) && on_device(x, rstd) &&
-              on_device(x, ds),
+  require(on_device(x, dy) && on_device(x, weight) && on_device(x, statistics) && on_device(x, ds),
           "x");
   p.dy = view_stack(dy, "dy", dtype_of(dy) == DType::f32 ? DType::f32 : p.x.dtype, p.x);
   p.weight = view_parameter(weight, "weight", n);
-  p.mean = view_flat(mean, "mean", DType::f32, {r});
-  p.rstd = view_flat(rstd, "rstd", DType::f32, {r});
+  const TensorRef both = view_flat(statistics, "statistics", DType::f32, {2, r});
+  p.mean = row(both, 0);
+  p.rstd = row(both, 1);
   p.ds = view_stack(ds, "ds", p.x.dtype, p.x);
   p.dx = view_stack(dx, "dx", 2);
   p.dweight = view_unless_empty(dweight);

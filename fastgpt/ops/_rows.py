@@ -32,7 +32,8 @@ def rows_for(backend: str, tensor: Tensor) -> Tensor:
     The compiled ones do so in a contiguous tensor of more dimensions, and their results have its
     shape: two views less, each of which costs as much as a tiny kernel.
     """
-    if tensor.dim() > 2 and backend in NAMESPACES and tensor.is_contiguous():
+    rank = tensor.dim()
+    if (rank == 2 or (rank > 2 and backend in NAMESPACES)) and tensor.is_contiguous():
         return tensor
     return as_rows(tensor)
 

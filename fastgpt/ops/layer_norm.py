@@ -175,8 +175,8 @@ class _LayerNorm(torch.autograd.Function):
         float_out: bool,
     ) -> Tensor:
         run = dispatch.kernel("layer_norm", backend, "layer_norm_fwd")
-        y, mean, rstd = run(x, weight, bias, eps, float_out)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        y, statistics = run(x, weight, bias, eps, float_out)
+        ctx.save_for_backward(x, weight, bias, statistics)
         ctx.backend = backend
         return y
 
@@ -198,8 +198,8 @@ class _AddLayerNorm(torch.autograd.Function):
         float_out: bool,
     ) -> tuple[Tensor, Tensor]:
         run = dispatch.kernel("add_layer_norm", backend, "add_layer_norm_fwd")
-        y, s, mean, rstd = run(x, residual, weight, bias, eps, float_out)
-        ctx.save_for_backward(s, weight, bias, mean, rstd)
+        y, s, statistics = run(x, residual, weight, bias, eps, float_out)
+        ctx.save_for_backward(s, weight, bias, statistics)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         return y, s
@@ -214,7 +214,7 @@ def _backward(
     ctx: Any, op: str, dy: Tensor | None, ds: Tensor | None, inputs: tuple[int, int, int]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the input, the weight and the bias, whose argument positions are `inputs`."""
-    x, weight, bias, mean, rstd = ctx.saved_tensors
+    x, weight, bias, statistics = ctx.saved_tensors
     need_dweight, need_dbias = (ctx.needs_input_grad[i] for i in inputs[1:])
     with without_grad():
         run = dispatch.kernel(op, ctx.backend, "layer_norm_bwd")
@@ -222,8 +222,7 @@ def _backward(
             torch.zeros_like(x) if dy is None else rows_for(ctx.backend, dy),
             x,
             weight,
-            mean,
-            rstd,
+            statistics,
             None if ds is None else rows_for(ctx.backend, ds),
             need_dweight,
             need_dbias,
@@ -235,10 +234,9 @@ def _backward(
 
 def _layer_norm_fwd_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, float_out: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=torch.float32 if float_out else x.dtype)
-    statistics = x.new_empty(math.prod(x.shape[:-1]), dtype=statistics_dtype(x))
-    return y, statistics, torch.empty_like(statistics)
+    return y, x.new_empty((2, math.prod(x.shape[:-1])), dtype=statistics_dtype(x))
 
 
 def _add_layer_norm_fwd_fake(
@@ -248,17 +246,16 @@ def _add_layer_norm_fwd_fake(
     bias: Tensor | None,
     eps: float,
     float_out: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, mean, rstd = _layer_norm_fwd_fake(x, weight, bias, eps, float_out)
-    return y, x.new_empty(x.shape), mean, rstd
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, statistics = _layer_norm_fwd_fake(x, weight, bias, eps, float_out)
+    return y, x.new_empty(x.shape), statistics
 
 
 def _layer_norm_bwd_fake(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     ds: Tensor | None,
     need_dweight: bool,
     need_dbias: bool,
@@ -266,26 +263,26 @@ def _layer_norm_bwd_fake(
     n = x.shape[-1]
     return (
         x.new_empty(x.shape),
-        mean.new_empty(n if need_dweight else 0),
-        mean.new_empty(n if need_dbias else 0),
+        statistics.new_empty(n if need_dweight else 0),
+        statistics.new_empty(n if need_dbias else 0),
     )
 
 
 define(
     "layer_norm_fwd",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool float_out)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    " -> (Tensor y, Tensor statistics)",
     _layer_norm_fwd_fake,
 )
 define(
     "add_layer_norm_fwd",
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, bool float_out)"
-    " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+    " -> (Tensor y, Tensor s, Tensor statistics)",
     _add_layer_norm_fwd_fake,
 )
 define(
     "layer_norm_bwd",
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? ds,"
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor statistics, Tensor? ds,"
     " bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _layer_norm_bwd_fake,
 )

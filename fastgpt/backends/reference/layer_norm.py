@@ -13,8 +13,8 @@ from fastgpt.ops._checks import statistics_dtype
 
 def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, float_out: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x (r, n) -> y (r, n) in its dtype, or in float32, mean (r,) and rstd (r,)."""
+) -> tuple[Tensor, Tensor]:
+    """x (r, n) -> y (r, n) in its dtype, or in float32, and the mean and rstd of rows (2, r)."""
     wide = x.to(statistics_dtype(x))
     mean = wide.mean(-1)
     centered = wide - mean[:, None]
@@ -24,21 +24,21 @@ def layer_norm_fwd(
         y = y * weight.to(y.dtype)
     if bias is not None:
         y = y + bias.to(y.dtype)
-    return y.to(torch.float32 if float_out else x.dtype), mean, rstd
+    return y.to(torch.float32 if float_out else x.dtype), torch.stack((mean, rstd))
 
 
 def layer_norm_bwd(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     ds: Tensor | None,
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds with g = dy * weight, and the sums."""
-    wide = mean.dtype
+    mean, rstd = statistics
+    wide = statistics.dtype
     dy = dy.to(wide)
     xhat = (x.to(wide) - mean[:, None]) * rstd[:, None]
     g = dy if weight is None else dy * weight.to(wide)
@@ -58,8 +58,8 @@ def add_layer_norm_fwd(
     bias: Tensor | None,
     eps: float,
     float_out: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """s = x + residual rounded to the dtype of x; y = layer_norm(s)."""
     s = x + residual
-    y, mean, rstd = layer_norm_fwd(s, weight, bias, eps, float_out)
-    return y, s, mean, rstd
+    y, statistics = layer_norm_fwd(s, weight, bias, eps, float_out)
+    return y, s, statistics

@@ -60,8 +60,7 @@ def layer_norm_fwd_kernel(
     g_bias,
     g_y,
     g_s,
-    g_mean,
-    g_rstd,
+    g_statistics,
     r,
     n,
     x_stride,
@@ -120,8 +119,8 @@ def layer_norm_fwd_kernel(
             at = start + head
             x = _summed(g_x, g_residual, g_s, at, inside & (at < n), ADD)
             _store_y((x - mean) * rstd, g_weight, g_bias, g_y, at, inside, n, WEIGHT, BIAS)
-    tl.store(g_mean + rows, mean, mask=inside)
-    tl.store(g_rstd + rows, rstd, mask=inside)
+    tl.store(g_statistics + rows, mean, mask=inside)
+    tl.store(g_statistics + r + rows, rstd, mask=inside)
 
 
 @triton.jit
@@ -159,8 +158,7 @@ def layer_norm_bwd_kernel(
     g_dy,
     g_x,
     g_weight,
-    g_mean,
-    g_rstd,
+    g_statistics,
     g_ds,
     g_dx,
     g_partial,
@@ -199,8 +197,8 @@ def layer_norm_bwd_kernel(
     for tile in tl.range(0, tiles, num_stages=STAGES):
         rows = (tl.program_id(0) * tiles + tile) * ROWS + tl.arange(0, ROWS)
         # Loaded as (ROWS, 1), Triton 3.4 would load them once for each element of a thread.
-        mean = tl.load(g_mean + rows, mask=rows < r, other=0.0)[:, None]
-        rstd = tl.load(g_rstd + rows, mask=rows < r, other=0.0)[:, None]
+        mean = tl.load(g_statistics + rows, mask=rows < r, other=0.0)[:, None]
+        rstd = tl.load(g_statistics + r + rows, mask=rows < r, other=0.0)[:, None]
         inside = rows[:, None] < r
         wide_rows = rows.to(tl.int64)[:, None]
         g_xs = g_x + wide_rows * (x_stride // STRIDE_UNIT * STRIDE_UNIT)
@@ -280,10 +278,10 @@ def layer_norm_bwd_kernel(
 
 def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, float_out: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x (r, n) -> y (r, n) in its dtype, or in float32, mean (r,) and rstd (r,)."""
-    y, _, mean, rstd = _forward(x, None, weight, bias, eps, float_out)
-    return y, mean, rstd
+) -> tuple[Tensor, Tensor]:
+    """x (r, n) -> y (r, n) in its dtype, or in float32, and the mean and rstd of rows (2, r)."""
+    y, _, statistics = _forward(x, None, weight, bias, eps, float_out)
+    return y, statistics
 
 
 def add_layer_norm_fwd(
@@ -293,7 +291,7 @@ def add_layer_norm_fwd(
     bias: Tensor | None,
     eps: float,
     float_out: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """s = x + residual rounded to the dtype of x; y = layer_norm(s)."""
     return _forward(x, residual, weight, bias, eps, float_out)
 
@@ -305,12 +303,11 @@ def _forward(
     bias: Tensor | None,
     eps: float,
     float_out: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     r, n = x.shape
     y = x.new_empty((r, n), dtype=torch.float32 if float_out else x.dtype)
     s = x if residual is None else x.new_empty((r, n))
-    mean = x.new_empty(r, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    statistics = x.new_empty((2, r), dtype=torch.float32)
     added = x if residual is None else residual
     config = split_rows_config(n)
     launch(
@@ -322,8 +319,7 @@ def _forward(
         x if bias is None else bias,
         y,
         s,
-        mean,
-        rstd,
+        statistics,
         r,
         n,
         x.stride(0),
@@ -338,7 +334,7 @@ def _forward(
         TAIL=config.tail,
         num_warps=config.num_warps,
     )
-    return y, s, mean, rstd
+    return y, s, statistics
 
 
 def _stages(config: RowsConfig, bytes_read: int) -> int:
@@ -352,8 +348,7 @@ def layer_norm_bwd(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     ds: Tensor | None,
     need_dweight: bool,
     need_dbias: bool,
@@ -363,7 +358,7 @@ def layer_norm_bwd(
     dx = x.new_empty((r, n))
     config = split_rows_config(n)
     tiles, programs = partial_tiles(r, config.rows)
-    partial = mean.new_empty((programs, (need_dweight + need_dbias) * n))
+    partial = statistics.new_empty((programs, (need_dweight + need_dbias) * n))
     added = dy if ds is None else ds
     bytes_read = dy.element_size() + x.element_size() + (0 if ds is None else ds.element_size())
     launch(
@@ -372,8 +367,7 @@ def layer_norm_bwd(
         dy,
         x,
         x if weight is None else weight,
-        mean,
-        rstd,
+        statistics,
         added,
         dx,
         partial,
