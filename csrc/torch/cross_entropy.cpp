@@ -21,15 +21,15 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target,
   const std::optional<Tensor> weights = widened(weight);
   const TensorRef class_weights = view_parameter(weights, "weight", options.classes);
   require(on_device(x, target) && on_device(x, weight), "target, weight");
-  const Tensor rows = empty_rows(x, x.size(0));
+  const Rows rows(x, x.size(0));
   if (x.numel() != 0) {
     const CrossEntropyAbsorb p{view_input(x, "x", 2), view(target), class_weights, 0, options,
-                               row_states(rows)};
+                               rows.states()};
     run_on_device_of(
         x, [&] { cpu::cross_entropy_absorb(p); },
         [&](void* stream) { cuda::cross_entropy_absorb(p, stream); });
   }
-  const CrossEntropyResult result = finish(target, class_weights, options, rows);
+  const CrossEntropyResult result = rows.finish(x, view(target), class_weights, options);
   return {result.loss, result.lse, result.weight_sum};
 }
 

@@ -165,17 +165,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd(Tensor x, Tensor wei
   require(on_device(x, weight) && on_device(x, bias) && on_device(x, target), "x");
   const Blocks blocks(x, weight, bias);
   const TensorRef targets = view(target);
-  const Tensor rows = empty_rows(x, x.size(0));
+  const Rows rows(x, x.size(0));
   const Tensor block = blocks.empty_block(x, ScalarType::Float);
   blocks.over_classes([&](int64_t j, int64_t classes) {
     blocks.over_rows([&](int64_t i, int64_t count) {
       const TensorRef logits = Blocks::part_of(block, count, classes);
       blocks.logits(i, count, j, classes, logits);
-      absorb({logits, rows_of(targets, i, count), TensorRef{}, j, options, row_states(rows) + i},
-             x);
+      absorb({logits, rows_of(targets, i, count), TensorRef{}, j, options, rows.states() + i}, x);
     });
   });
-  const CrossEntropyResult result = finish(target, TensorRef{}, options, rows);
+  const CrossEntropyResult result = rows.finish(x, targets, TensorRef{}, options);
   return {result.loss, result.lse, result.weight_sum};
 }
 
@@ -385,7 +384,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
   const Blocks blocks(x, weight, bias, kept);
   const TensorRef targets = view(target);
   const Tensor total = empty(x, {}, ScalarType::Float);
-  const Tensor rows = empty_rows(x, r);
+  const Rows rows(x, r);
   const int64_t* classes_of = static_cast<const int64_t*>(targets.data);
   *static_cast<float*>(view(total).data) = static_cast<float>(
       std::count_if(classes_of, classes_of + r, [&](int64_t t) { return t != ignore_index; }));
@@ -405,12 +404,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
       blocks.over_rows(begin, end, [&](int64_t i, int64_t count) {
         const TensorRef part = block(i, count, j, classes);
         blocks.logits(i, count, j, classes, part);
-        absorb({part, rows_of(targets, i, count), TensorRef{}, j, options, row_states(rows) + i},
-               x);
+        absorb({part, rows_of(targets, i, count), TensorRef{}, j, options, rows.states() + i}, x);
       });
     });
-    const CrossEntropyResult lot = finish_rows(x, rows_of(targets, begin, end - begin), TensorRef{},
-                                               options, row_states(rows) + begin);
+    const CrossEntropyResult lot =
+        rows.finish(x, rows_of(targets, begin, end - begin), TensorRef{}, options, begin);
     blocks.over_classes([&](int64_t j, int64_t classes) {
       blocks.over_rows(begin, end, [&](int64_t i, int64_t count) {
         gradients.add(i, count, j, classes, block(i, count, j, classes),
@@ -418,7 +416,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
       });
     });
   }
-  const CrossEntropyResult result = finish(target, TensorRef{}, options, rows);
+  const CrossEntropyResult result = rows.finish(x, targets, TensorRef{}, options);
   const auto [dx, dweight, dbias] = gradients.end();
   return {result.loss, result.lse, result.weight_sum, dx, dweight, dbias};
 }

@@ -29,37 +29,45 @@ struct CrossEntropyResult {
   Tensor loss, lse, weight_sum;
 };
 
-// Memory for the states of r rows, where the kernels work.
-inline Tensor empty_rows(const Tensor& like, int64_t r) {
-  static_assert(sizeof(CrossEntropyRow) % sizeof(double) == 0);
-  constexpr int64_t kDoubles = sizeof(CrossEntropyRow) / sizeof(double);
-  return empty(like, {r * kDoubles}, ScalarType::Double);
-}
+// Memory for the states of rows, where the kernels work, and for their losses: one allocation.
+class Rows {
+ public:
+  Rows(const Tensor& like, int64_t r)
+      : memory_(empty(like, {r * kBytes}, ScalarType::Byte)),
+        states_(static_cast<CrossEntropyRow*>(view(memory_).data)),
+        losses_(reinterpret_cast<float*>(states_ + r)) {}
 
-inline CrossEntropyRow* row_states(const Tensor& rows) {
-  return static_cast<CrossEntropyRow*>(view(rows).data);
-}
+  CrossEntropyRow* states() const { return states_; }
 
-// The result of rows that have absorbed all their classes. like: on the device of all.
-inline CrossEntropyResult finish_rows(const Tensor& like, const TensorRef& target,
-                                      const TensorRef& weight, const CrossEntropyOptions& o,
-                                      const CrossEntropyRow* rows) {
-  const int64_t r = target.size[0];
-  Tensor row_loss = empty(like, {r}, ScalarType::Float);
-  Tensor loss = empty(like, {}, ScalarType::Float);
-  Tensor lse = empty(like, {r}, ScalarType::Double);
-  Tensor weight_sum = empty(like, {}, ScalarType::Float);
-  const CrossEntropyFinish p{rows,           target,     weight,    o,
-                             view(row_loss), view(loss), view(lse), view(weight_sum)};
-  run_on_device_of(
-      like, [&] { cpu::cross_entropy_finish(p); },
-      [&](void* stream) { cuda::cross_entropy_finish(p, stream); });
-  return {o.reduction == Reduction::none ? row_loss : loss, lse, weight_sum};
-}
+  // The result of all rows, or of those of `target` from `begin`, that have absorbed all their
+  // classes. like: on the device of all.
+  CrossEntropyResult finish(const Tensor& like, const TensorRef& target, const TensorRef& weight,
+                            const CrossEntropyOptions& o, int64_t begin = 0) const {
+    const int64_t r = target.size[0];
+    const bool separate = o.reduction == Reduction::none;
+    Tensor loss =
+        separate ? empty(like, {r}, ScalarType::Float) : empty(like, {}, ScalarType::Float);
+    Tensor lse = empty(like, {r}, ScalarType::Double);
+    Tensor weight_sum = empty(like, {}, ScalarType::Float);
+    TensorRef row_loss;
+    row_loss.data = separate ? view(loss).data : losses_ + begin;
+    row_loss.ndim = 1;
+    row_loss.size[0] = r;
+    row_loss.stride[0] = 1;
+    const CrossEntropyFinish p{states_ + begin, target,     weight,    o,
+                               row_loss,        view(loss), view(lse), view(weight_sum)};
+    run_on_device_of(
+        like, [&] { cpu::cross_entropy_finish(p); },
+        [&](void* stream) { cuda::cross_entropy_finish(p, stream); });
+    return {loss, lse, weight_sum};
+  }
 
-inline CrossEntropyResult finish(const Tensor& target, const TensorRef& weight,
-                                 const CrossEntropyOptions& o, const Tensor& rows) {
-  return finish_rows(target, view(target), weight, o, row_states(rows));
-}
+ private:
+  static constexpr int64_t kBytes = sizeof(CrossEntropyRow) + sizeof(float);
+
+  Tensor memory_;
+  CrossEntropyRow* states_;
+  float* losses_;
+};
 
 }  // namespace fastgpt::binding
