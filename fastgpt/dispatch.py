@@ -263,7 +263,7 @@ def pick(op: str, tensor: Tensor, *, head_dim: int = 0, **features: Any) -> str:
                 f"{op}: backend {_forced!r} is forced, but cannot run this call: {reason}"
             )
         chosen = _forced
-    elif torch.compiler.is_compiling():
+    elif torch.compiler.is_compiling() or type(head_dim) is not int:  # a SymInt has no hash
         chosen = _first_of_table(op, device, dtype, head_dim)
     else:
         chosen = _choice(op, device, dtype, head_dim)

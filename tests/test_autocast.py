@@ -84,3 +84,28 @@ def test_softmax_dtype_wins_over_autocast(backend: str) -> None:
         assert (
             F.softmax(X, dtype=torch.bfloat16).dtype == torch.softmax(X, -1, torch.bfloat16).dtype
         )
+
+
+@REGIONS
+def test_float64_stays(region: torch.dtype) -> None:
+    x, w = X.double(), W.double()
+    with torch.autocast("cpu", region):
+        results = (F.layer_norm(x, 32, w), *F.add_layer_norm(x, x, 32, w), F.softmax(x))
+    assert {t.dtype for t in results} == {torch.float64}
+
+
+@BACKENDS
+@REGIONS
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_parameters_of_losses(
+    backend: str, region: torch.dtype, narrow: torch.dtype
+) -> None:
+    skip_unless_runs("linear_cross_entropy", backend)
+    weight, bias = (torch.rand(32).to(narrow) for _ in range(2))
+    with fastgpt.backend(backend), torch.autocast("cpu", region):
+        got = F.cross_entropy(X, TARGET, weight)
+        assert torch.equal(got, F.cross_entropy(X, TARGET, weight.float()))
+        projection = torch.eye(32)
+        fused = F.linear_cross_entropy(X, projection, TARGET, linear_bias=bias)
+        want = F.linear_cross_entropy(X, projection, TARGET, linear_bias=bias.to(region))
+        assert torch.equal(fused, want)

@@ -88,6 +88,11 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "window", lambda: attention(window=True)),
     (TypeError, "scale", lambda: attention(scale="big")),
     (TypeError, "causal", lambda: attention(causal="no")),
+    (TypeError, "causal", lambda: attention(causal=2)),
+    (TypeError, "return_lse", lambda: attention(return_lse="no")),
+    (ValueError, "window", lambda: attention(window=2**70)),
+    (ValueError, "scale", lambda: attention(scale=10**400)),
+    (TypeError, "q", lambda: attention(q=Q.to_sparse())),
     (TypeError, "causal", lambda: attention(causal=None)),
     (ValueError, "q", lambda: attention(q=Q[:, :0])),
     (TypeError, "key_padding_mask", lambda: attention(key_padding_mask=torch.ones(2, 7))),
@@ -114,6 +119,7 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     # scaled_dot_product_attention, whose calls without a window torch answers or refuses
     (ValueError, "window", lambda: sdpa(window=0)),
     (TypeError, "key", lambda: sdpa(k=K.half(), window=2)),
+    (TypeError, "scale", lambda: sdpa(scale="a")),
     (TypeError, "query", lambda: sdpa(q=Q.int(), window=2)),
     # varlen_attention
     (ValueError, "q", lambda: varlen(q=PACKED[0])),
@@ -132,6 +138,13 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "max_seqlen_q", lambda: varlen(max_q=-1)),
     (TypeError, "max_seqlen_k", lambda: varlen(max_k=2.5)),
     # decode_attention
+    (
+        ValueError,
+        "k_cache",
+        lambda: F.decode_attention(
+            Q[:, :, :1], CACHE[:1].expand(2, -1, -1, -1), CACHE, LENGTHS, k_new=NEW, v_new=NEW
+        ),
+    ),
     (ValueError, "q", lambda: decode(q=Q[0])),
     (ValueError, "k_cache", lambda: decode(k=CACHE[0], v=CACHE[0])),
     (ValueError, "v_cache", lambda: decode(v=CACHE[:, :, :4])),
@@ -227,6 +240,9 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         lambda: F.linear_cross_entropy(ROWS, ROWS, TARGET, linear_bias=torch.zeros(3).half()),
     ),
     (ValueError, "reduction", lambda: F.linear_cross_entropy(ROWS, ROWS, TARGET, reduction="")),
+    (ValueError, "ignore_index", lambda: F.cross_entropy(ROWS, TARGET, ignore_index=2**70)),
+    (ValueError, "x", lambda: F.bias_gelu(torch.tensor(1.0), torch.tensor(1.0))),
+    (TypeError, "input", lambda: F.layer_norm(ROWS.to_sparse(), ROWS.shape[-1])),
     (
         ValueError,
         "label_smoothing",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
 import fastgpt
@@ -179,3 +180,30 @@ def test_export_keeps_the_ops_and_the_values(backend: str) -> None:
         assert ("fastgpt.attention_fwd.default" in names) == (backend == "cpu")
         longer, classes = torch.randn(2, 20, 32), torch.randint(11, (2, 20))
         torch.testing.assert_close(exported.module()(longer, classes), module(longer, classes))
+
+
+def twice(x: Tensor) -> Tensor:
+    """Each op with one tensor in two places."""
+    w = x[0, 0, 0]
+    y = F.layer_norm(x, 8, w, w) + F.add_layer_norm(x, x, 8, w, w)[0] + F.bias_gelu(w, w)
+    rows = x.flatten(0, -2)
+    loss = F.linear_cross_entropy(rows, rows, torch.arange(len(rows)))
+    return F.attention(x, x, x, bias=x).sum() + y.sum() + loss
+
+
+@BACKENDS
+def test_one_tensor_in_two_places(backend: str) -> None:
+    skip_unless_runs("attention", backend)
+    torch.compiler.reset()
+    x = torch.randn(1, 2, 8, 8, requires_grad=True)
+    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
+    with fastgpt.backend(backend):
+        (want,) = torch.autograd.grad(twice(x), x)
+        (got,) = torch.autograd.grad(compiled(x), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_symbolic_shapes_outside_of_dynamo() -> None:
+    q = torch.randn(1, 2, 6, 8)
+    traced = make_fx(lambda q: F.attention(q, q, q), tracing_mode="symbolic")(q)
+    assert torch.equal(traced(q), F.attention(q, q, q))

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.attention.bias import causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 import fastgpt
@@ -209,6 +210,10 @@ UNSERVED = {
         lambda q, k, v: (q, k, v),
         {"attn_mask": torch.zeros(9, 11), "is_causal": True},
     ),
+    "mask_without_elements": (
+        lambda q, k, v: (q, k, v),
+        {"attn_mask": causal_upper_left(9, 11)},
+    ),
 }
 
 
@@ -265,3 +270,13 @@ def test_empty(backend):
         with fastgpt.backend(backend):
             ours = F.scaled_dot_product_attention(*tensors)
         torch.testing.assert_close(ours, torch_sdpa(*tensors))
+
+
+def test_nested_tensors_go_to_torch():
+    tokens = [torch.randn(s, H, D) for s in (3, 5)]
+    q = torch.nested.nested_tensor(tokens, layout=torch.jagged).transpose(1, 2)
+    ours, theirs = (f(q, q, q) for f in (F.scaled_dot_product_attention, torch_sdpa))
+    for got, want in zip(ours.unbind(), theirs.unbind(), strict=True):
+        assert torch.equal(got, want)
+    explanation = fastgpt.explain(F.scaled_dot_product_attention, q, q, q)
+    assert "query: expected a dense tensor" in str(explanation)

@@ -14,6 +14,18 @@ namespace fastgpt {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
+// The gradient of a row with a smaller log-sum-exp is 0: it saw no key, or only keys with a bias
+// beside which its scores have no digits.
+constexpr float kLeastLse = -1e30f;
+
+// A bias in units of log 2. Only -inf hides: what a finite one adds is finite.
+FASTGPT_HOST_DEVICE float bias_log2(float bias) {
+  constexpr float kMost = 1.7e38f;
+  if (bias - bias != 0.0f) return bias;  // infinite, or NaN
+  const float scaled = bias * kLog2E;
+  return scaled < -kMost ? -kMost : scaled > kMost ? kMost : scaled;
+}
+
 struct Philox4 {
   uint32_t word[4];
 };

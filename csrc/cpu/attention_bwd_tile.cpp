@@ -26,7 +26,9 @@ __attribute__((noinline)) void differentiate(float* scores, float* dp, const flo
         upstream = upstream * load(factor + at);
       }
       store(scores + at, p);
-      store(dp + at, weight * (upstream - load(tile.delta + i)));
+      // The dp of a hidden key may have overflowed.
+      const Vec ds = weight * (upstream - load(tile.delta + i));
+      store(dp + at, select(weight == zero(), zero(), ds));
     }
   }
 }
@@ -105,7 +107,7 @@ void prepare_query_tile(const GradHead& g, const QueryTile& tile) {
     if (i >= tile.nq) continue;
     float* dout = tile.dout_rows + i * row;
     const float lse = g.lse[tile.q0 + i];
-    if (lse == -kInfinity) {  // sees no key: nothing of it may reach a sum, NaN included
+    if (lse < kLeastLse) {  // nothing of it may reach a sum, NaN included
       std::memset(tile.q_rows + i * row, 0, row * sizeof(float));
       std::memset(dout, 0, row * sizeof(float));
       continue;
@@ -144,7 +146,7 @@ TileGradient score_gradient(const GradHead& g, const QueryTile& tile, KeyRange k
 
   multiplies_pairs(head) ? score_products<Pairs>(g, tile, scores, ds, k, v)
                          : score_products<Floats>(g, tile, scores, ds, k, v);
-  if (head.dropout.on) dropout_factors(head, scores, factor);
+  if (head.dropout.on) dropout_factors(head, scores, head.dropout.scale, factor);
   differentiate(p, ds, head.dropout.on ? factor : nullptr, nk, tile, outer);
   return TileGradient{p, ds, k};
 }

@@ -1,6 +1,7 @@
 // out = softmax(scale * q k^T + ..., visible keys) v with the online softmax, a tile of queries
 // against tiles of keys: m = max(m, s), p = 2^(s - m), l = l 2^(m' - m) + sum(p),
 // o = o 2^(m' - m) + p v, and at the end out = o / l, lse = m + log(l).
+// What dropout keeps is scaled there: 1 / (1 - dropout_p) p, rounded, is not the backward's.
 //
 // Plan: a dynamic queue over (batch, head, some 200 queries), long rows first; the tiles of an item
 // share each load of k and v. Key tiles lie at multiples of their size, cut to what a query tile
@@ -127,7 +128,7 @@ void absorb_keys(const Head& head, Running& tile, KeyRange keys, const FloatRows
   apply_band(head, part);
   softmax_tile(part, tile.state);
   if (head.dropout.on) {
-    dropout_factors(head, part, factor);
+    dropout_factors(head, part, 1.0f, factor);
     multiply(scores, factor, int64_t{nk} * lanes);
   }
   if (paired) round_row_pairs(scores, nk / 2, lanes, scores);
@@ -140,10 +141,11 @@ void absorb_keys(const Head& head, Running& tile, KeyRange keys, const FloatRows
 void finish_tile(const Head& head, const Running& tile, const HeadOut& to) {
   const Lanes& state = tile.state;
   if (!tile.started) std::memset(tile.out, 0, sizeof(float) * head.d * tile.lanes);
+  const float kept = head.dropout.on ? head.dropout.scale : 1.0f;
   float inverse[kQueryTile];
   for (int i = 0; i < tile.lanes; ++i) {
     const bool empty = state.sum[i] == 0.0f;
-    inverse[i] = empty ? 0.0f : 1.0f / state.sum[i];
+    inverse[i] = empty ? 0.0f : kept / state.sum[i];
     if (i < tile.nq) {
       to.lse[tile.q0 + i] = empty ? -kInfinity : state.max[i] * kLn2 + log(state.sum[i]);
     }

@@ -201,7 +201,7 @@ void apply_features(const Head& head, const ScoreTile& tile, const FloatRows& k,
     if (head.bias.data != nullptr) {
       for (int i = 0; i < tile.nq; ++i) {
         const int64_t at = (tile.q0 + i) * head.bias.row + key * head.bias.column;
-        row[i] += element_as(head.bias.dtype, head.bias.data, at) * kLog2E;
+        row[i] += bias_log2(element_as(head.bias.dtype, head.bias.data, at));
       }
     }
     if (head.alibi) {
@@ -229,7 +229,7 @@ void apply_features(const Head& head, const ScoreTile& tile, const FloatRows& k,
   }
 }
 
-void dropout_factors(const Head& head, const ScoreTile& tile, float* factor) {
+void dropout_factors(const Head& head, const ScoreTile& tile, float kept, float* factor) {
   const Dropout& dropout = head.dropout;
   for (int64_t group = tile.k0 / 4; group * 4 < tile.k0 + tile.nk; ++group) {
     for (int i = 0; i < tile.lanes; ++i) {
@@ -239,7 +239,7 @@ void dropout_factors(const Head& head, const ScoreTile& tile, float* factor) {
       for (int lane = 0; lane < 4; ++lane) {
         const int64_t j = group * 4 + lane - tile.k0;
         if (j < 0 || j >= tile.nk) continue;
-        factor[j * tile.lanes + i] = random.word[lane] >= dropout.threshold ? dropout.scale : 0.0f;
+        factor[j * tile.lanes + i] = random.word[lane] >= dropout.threshold ? kept : 0.0f;
       }
     }
   }

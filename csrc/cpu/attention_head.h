@@ -221,8 +221,8 @@ void apply_band(const Head& head, const ScoreTile& tile);
 void apply_features(const Head& head, const ScoreTile& tile, const FloatRows& k,
                     const FloatRows& v);
 
-// factor (nk, lanes): 1 / (1 - p) where dropout keeps, else 0.
-void dropout_factors(const Head& head, const ScoreTile& tile, float* factor);
+// factor (nk, lanes): `kept` where dropout keeps, else 0.
+void dropout_factors(const Head& head, const ScoreTile& tile, float kept, float* factor);
 
 }  // namespace FASTGPT_ISA
 }  // namespace fastgpt

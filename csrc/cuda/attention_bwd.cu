@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_bwd_delta_kernel(Delt
   const int lane = threadIdx.x % kLanes, d = static_cast<int>(p.dout.size[3]);
   const bool inside = row < p.dout.size[0] * h * s;
   const float lse = inside ? p.g_lse[row] : -INFINITY;
-  const bool some = lse > -INFINITY;
+  const bool some = lse > kLeastLse;
   float delta = 0.0f;
   if (some) {  // the gradient of a row that saw no key is not read: it may hold anything
     const int z = static_cast<int>(row / (h * s)), head = static_cast<int>(row / s % h);

@@ -165,8 +165,8 @@ __global__ void __launch_bounds__(DkvTile<C, kD, kFeatures>::kThreads)
             }
             p_or_s = kept;
             dp_or_ds = probability * (dp - delta);
-            // A hidden key or value may hold NaN.
-            if (kFeatures && probability == 0.0f) dp_or_ds = 0.0f;
+            // A hidden key or value may hold NaN, and its dp may have overflowed.
+            if (edge && probability == 0.0f) dp_or_ds = 0.0f;
           }
         }
       }

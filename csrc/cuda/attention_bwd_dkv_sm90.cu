@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupDkv<kD, kQueries>::kBloc
       hold(r_dk[0]);
       __syncthreads();  // the last tile has been read
       load_queries(step + 1);
-      if (walk.edge(step % walk.count)) {
+      const bool edge = walk.edge(step % walk.count);
+      if (edge) {
         const int m0 = walk.at(step % walk.count) + at.column(0, 0);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -163,6 +164,7 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupDkv<kD, kQueries>::kBloc
       wgmma_commit();
       wgmma_wait<1>();
       hold(r_dp);
+      if (edge) clear_hidden(r_dp, r_s);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         const float2 delta = *reinterpret_cast<const float2*>(s_lse2 + kQueries + at.column(n, 0));

@@ -151,6 +151,8 @@ __global__ void __launch_bounds__(DqTile<C, kD, kFeatures>::kThreads, 1)
               r_exact[m][i] += probability * dp;
             }
             ds = probability * (dp - delta);
+            // The dp of a hidden key may have overflowed.
+            if (edge && probability == 0.0f) ds = 0.0f;
           }
         }
       }

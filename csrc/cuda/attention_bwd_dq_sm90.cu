@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
       wgmma_commit();
       wgmma_wait<1>();
       hold(r_s);
-      if (walk.edge(t)) {
+      const bool edge = walk.edge(t);
+      if (edge) {
         const int first = walk.at(t) + at.column(0, 0);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -145,6 +146,7 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
       wgmma_wait<0>();
       hold(r_dp);
       hold(r_dq);
+      if (edge) clear_hidden(r_dp, r_s);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll

@@ -287,7 +287,7 @@ struct Features {
                          : bias_dtype == DType::bf16
                              ? to_float(static_cast<const __nv_bfloat16*>(g_bias)[at])
                              : to_float(static_cast<const __half*>(g_bias)[at]);
-      t = fmaf(bias, kLog2E, t);
+      t += bias_log2(bias);
     }
     if (g_mask != nullptr && g_mask[row * mask_q + column * mask_k] == 0) t = -INFINITY;
     return t;

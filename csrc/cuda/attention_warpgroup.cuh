@@ -132,6 +132,18 @@ __device__ inline void round_to_factors(uint32_t (&r_a)[kN / 2][4], const float 
   }
 }
 
+// dp = 0 where a key is hidden, p being 0: it may have overflowed.
+template <int kN>
+__device__ inline void clear_hidden(float (&r_dp)[kN][4], const float (&r_p)[kN][4]) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (r_p[n][e] == 0.0f) r_dp[n][e] = 0.0f;
+    }
+  }
+}
+
 // f(Type<T>) with the type of the elements, which has 16 bits.
 template <typename F>
 void visit_warpgroup_type(const AttentionProblem& problem, const F& f) {

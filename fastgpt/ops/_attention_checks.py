@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -62,9 +64,13 @@ def cast_together(q: Tensor, k: Tensor, v: Tensor, names: Names = NAMES) -> tupl
 
 
 def check_scale(scale: float | None) -> None:
-    """TypeError unless `scale` is None or a number."""
-    if scale is not None and not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+    """TypeError unless `scale` is None or a number; ValueError for one that no float is near."""
+    if scale is None:
+        return
+    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scale: expected None or a float, got {type(scale).__name__}")
+    if type(scale) is int and abs(scale) > sys.float_info.max:
+        raise ValueError("scale: expected a number in the range of floats, got a larger int")
 
 
 def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
@@ -73,17 +79,6 @@ def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
         return False
     trailing = full[len(full) - len(shape) :]
     return all(size == 1 or size == whole for size, whole in zip(shape, trailing, strict=True))
-
-
-def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same tensors, each its own object: torch.compile refuses an autograd.Function that gets
-    one tensor twice, as attention(x, x, x) does."""
-    if not torch.compiler.is_compiling():
-        return tensors
-    seen: list[Tensor] = []
-    for tensor in tensors:
-        seen.append(tensor.view_as(tensor) if any(tensor is s for s in seen) else tensor)
-    return tuple(seen)
 
 
 def empty_token_major(x: Tensor, b: int, h: int, s: int, d: int) -> Tensor:

@@ -43,6 +43,18 @@ def record(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The same tensors, each its own object: torch.compile refuses an autograd.Function that gets
+    one tensor twice, as attention(x, x, x) does."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    seen: list[Tensor | None] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is s for s in seen)
+        seen.append(tensor.view_as(tensor) if tensor is not None and again else tensor)
+    return tuple(seen)
+
+
 _NOTHING = contextlib.nullcontext()
 
 

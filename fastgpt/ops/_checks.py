@@ -6,12 +6,15 @@ expected and what came.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.float32, *NARROW_DTYPES, torch.float64)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -28,6 +31,8 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}"
         )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
 
 
 def check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
@@ -92,6 +97,8 @@ def check_window(window: int | None) -> None:
         raise TypeError(f"window: expected None or an int >= 1, got {window!r}")
     if window < 1:
         raise ValueError(f"window: expected None or an int >= 1, got {window}")
+    if type(window) is int and window >= 2**63:
+        raise ValueError(f"window: expected None or an int of 64 bits, got {window}")
 
 
 def check_number(name: str, value: object) -> None:
@@ -104,7 +111,9 @@ def check_number(name: str, value: object) -> None:
 
 def check_flag(name: str, value: object) -> None:
     """TypeError unless `value` is a bool (or 0 or 1)."""
-    if not isinstance(value, (bool, int, torch.SymBool)):
+    if value is True or value is False or isinstance(value, torch.SymBool):
+        return
+    if not isinstance(value, int) or value not in (0, 1):
         raise TypeError(f"{name}: expected a bool, got {value!r}")
 
 
@@ -114,6 +123,15 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """No autocast on the device of `tensor`: it would take products in a narrower dtype than the
+    one to compute in."""
+    device = tensor.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:

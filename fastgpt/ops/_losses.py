@@ -21,6 +21,8 @@ def check_options(ignore_index: int, reduction: str, label_smoothing: float) -> 
     """The options that do not depend on any tensor."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index}")
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
     check_number("label_smoothing", label_smoothing)

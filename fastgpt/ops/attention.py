@@ -14,10 +14,9 @@ from fastgpt.ops._attention_checks import (
     cast_together,
     check_qkv,
     check_scale,
-    distinct,
     empty_token_major,
 )
-from fastgpt.ops._autograd import needs_grad, once, record, without_grad
+from fastgpt.ops._autograd import distinct, needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     check_flag,
     check_float,
@@ -74,7 +73,7 @@ def attention(
             hides. Differentiable; pass it unexpanded, and its gradient is summed over the
             broadcast axes in a fixed order. A finite number as low as -1e7 on *every* key of a
             query leaves no digits of its log-sum-exp for the scores: the output is right, its
-            gradient is not.
+            gradient is not (below -1e30 it is 0).
         alibi_slopes: (h,) or (b, h) float; adds `-slope * |i' - j|` to the scores. No gradient.
         dropout_p: probability in [0, 1) of dropping an attention weight (Philox-4x32-10 of the
             seed, row and column: the same mask on every backend).
@@ -100,6 +99,7 @@ def attention(
     check_flag("causal", causal)
     check_window(window)
     check_scale(scale)
+    check_flag("return_lse", return_lse)
     if key_padding_mask is not None:
         _check_key_padding_mask(key_padding_mask, q, k)
     if bias is not None:
@@ -175,8 +175,7 @@ def run_attention(
         return record(
             _Attention,
             backend,
-            *distinct(q, k, v),
-            bias,
+            *distinct(q, k, v, bias),
             key_padding_mask,
             mask,
             alibi_slopes,

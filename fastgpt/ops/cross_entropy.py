@@ -11,6 +11,7 @@ from fastgpt import dispatch
 from fastgpt.backends.reference import cross_entropy as reference
 from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
+    FLOAT_DTYPES,
     autocast_dtype,
     check_float,
     check_parameter,
@@ -78,7 +79,10 @@ def cross_entropy(
         raise ValueError(f"input: expected at least one class, got shape {tuple(size)}")
     shape = (size[0],) if len(size) == 2 else (*size[:class_dim], *size[class_dim + 1 :])
     check_target(target, input, shape, "input's without its classes")
+    autocast = autocast_dtype(input) is not None
     if weight is not None:
+        if autocast and isinstance(weight, Tensor) and weight.dtype in FLOAT_DTYPES:
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         check_parameter("weight", weight, "input", input, (v,), "(v,)")
         if needs_grad(weight):
             raise ValueError("weight: expected requires_grad=False, there is no gradient for it")
@@ -96,7 +100,7 @@ def cross_entropy(
     else:
         run = dispatch.kernel("cross_entropy", backend, "cross_entropy_fwd")
         loss = run(x, classes, weight, *options)[0]
-    dtype = loss_dtype(input, autocast_dtype(input) is not None)
+    dtype = loss_dtype(input, autocast)
     if loss.dtype != dtype:
         loss = loss.to(dtype)
     return loss.view(shape) if reduction == "none" else loss

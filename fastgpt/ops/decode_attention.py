@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import decode_attention as reference
@@ -87,6 +88,7 @@ def decode_attention(
     check_window(window)
     check_scale(scale)
     check_flag("ring", ring)
+    check_flag("return_lse", return_lse)
     if ring:
         _check_ring(k_cache.shape[2], q.shape[2], window)
     if needs_grad(q, k_cache, v_cache, k_new, v_new):
@@ -111,6 +113,9 @@ def decode_attention(
     run = reference.decode_attention
     if backend != "reference":
         run = dispatch.kernel("decode_attention", backend, "decode_attention")
+        if k_new is not None and not torch.compiler.is_compiling():
+            # As every in-place op of torch: a backward that saved them earlier is to notice.
+            increment_version((k_cache, v_cache))
     out, lse = run(
         unit_stride(q),
         k_cache,
@@ -151,6 +156,8 @@ def _check_shapes(
     if k_new is not None and v_new is not None:
         check_shape("k_new", k_new, (b, hk, t, d), "(b, hk, t, d)")
         check_shape("v_new", v_new, (b, hk, t, d), "(b, hk, t, d)")
+        _check_writable("k_cache", k_cache)
+        _check_writable("v_cache", v_cache)
     elif k_new is not None or v_new is not None:
         missing = "k_new" if k_new is None else "v_new"
         raise ValueError(f"{missing}: expected both k_new and v_new or neither, got None for one")
@@ -164,6 +171,15 @@ def _check_unit_stride(name: str, cache: Tensor) -> None:
         raise ValueError(
             f"{name}: expected a last stride of 1, as it is written in place, "
             f"got strides {tuple(cache.stride())}"
+        )
+
+
+def _check_writable(name: str, cache: Tensor) -> None:
+    strides = cache.stride()
+    if 0 in strides and any(s == 0 and n > 1 for s, n in zip(strides, cache.shape, strict=True)):
+        raise ValueError(
+            f"{name}: expected elements of its own for each position, as it is written in place, "
+            f"got strides {tuple(strides)}; give it clone()d"
         )
 
 

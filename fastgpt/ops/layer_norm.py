@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import layer_norm as reference
-from fastgpt.ops._autograd import needs_grad, once, record, without_grad
+from fastgpt.ops._autograd import distinct, needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_float,
@@ -53,14 +53,14 @@ def layer_norm(
     Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
     """
     shape = _check(input, normalized_shape, weight, bias, eps)
-    float_out = autocast_dtype(input) is not None
+    float_out = _makes_floats(input)
     w, b = _flat(weight, shape), _flat(bias, shape)
     backend = dispatch.pick("layer_norm", input)
     x = _rows(backend, input, shape)
     if backend == "reference":
         y = reference.layer_norm_fwd(x, w, b, eps, float_out)[0]
     elif needs_grad(input, weight, bias):
-        y = record(_LayerNorm, backend, x, w, b, eps, float_out)
+        y = record(_LayerNorm, backend, *distinct(x, w, b), eps, float_out)
     else:
         y = dispatch.kernel("layer_norm", backend, "layer_norm_fwd")(x, w, b, eps, float_out)[0]
     return from_rows(y, input)
@@ -90,7 +90,7 @@ def add_layer_norm(
             dtype.
     """
     shape = _check(x, normalized_shape, weight, bias, eps, "x")
-    float_out = autocast_dtype(x) is not None
+    float_out = _makes_floats(x)
     check_float("residual", residual)
     check_shape("residual", residual, x.shape, "that of x")
     check_same_device("residual", residual, "x", x)
@@ -106,11 +106,17 @@ def add_layer_norm(
     if backend == "reference":
         y, s = reference.add_layer_norm_fwd(rows, residual_rows, w, b, eps, float_out)[:2]
     elif needs_grad(x, residual, weight, bias):
-        y, s = record(_AddLayerNorm, backend, rows, residual_rows, w, b, eps, float_out)
+        inputs = distinct(rows, residual_rows, w, b)
+        y, s = record(_AddLayerNorm, backend, *inputs, eps, float_out)
     else:
         run = dispatch.kernel("add_layer_norm", backend, "add_layer_norm_fwd")
         y, s = run(rows, residual_rows, w, b, eps, float_out)[:2]
     return from_rows(y, x), from_rows(s, x)
+
+
+def _makes_floats(input: Tensor) -> bool:
+    """Whether autocast makes the result float32: as torch's, not that of float64."""
+    return autocast_dtype(input) is not None and input.dtype != torch.float64
 
 
 def _check(

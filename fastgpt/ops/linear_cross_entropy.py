@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import linear_cross_entropy as reference
-from fastgpt.ops._autograd import needs_grad, once, record, without_grad
+from fastgpt.ops._autograd import distinct, needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
+    NARROW_DTYPES,
     autocast_dtype,
     check_float,
     check_parameter,
@@ -53,7 +54,8 @@ def linear_cross_entropy(
         input: hidden states (..., c), float32, bfloat16 or float16 (float64: reference).
         linear_weight: (v, c), in the dtype of input (under autocast both are brought to its dtype).
         target: classes (...), int64 (or uint8).
-        linear_bias: (v,), in the dtype of input or float32; optional.
+        linear_bias: (v,), in the dtype of input or float32 (under autocast any narrow one);
+            optional.
         ignore_index: rows with this target do not count; their gradient is exactly 0.
         reduction: "mean" (over the targets that count; NaN if there are none), "sum", "none".
         label_smoothing: from 0 to 1, the share of the target that is spread over all classes.
@@ -87,6 +89,8 @@ def linear_cross_entropy(
     out_dtype = loss_dtype(input, region is not None)
     if region is not None and input.dtype != torch.float64:
         input, linear_weight = input.to(region), linear_weight.to(region)
+        if isinstance(linear_bias, Tensor) and linear_bias.dtype in NARROW_DTYPES:
+            linear_bias = linear_bias.to(region)
     check_same_dtype("linear_weight", linear_weight, "input", input)
     if linear_bias is not None:
         check_parameter("linear_bias", linear_bias, "input", input, (v,), "(v,)")
@@ -100,7 +104,8 @@ def linear_cross_entropy(
         run = reference.linear_cross_entropy_fwd
         loss = run(x, weight, linear_bias, classes, *options)[0]
     elif needs_grad(input, linear_weight, linear_bias):
-        loss = record(_LinearCrossEntropy, backend, x, weight, linear_bias, classes, *options)
+        inputs = distinct(x, weight, linear_bias)
+        loss = record(_LinearCrossEntropy, backend, *inputs, classes, *options)
     else:
         run = dispatch.kernel("linear_cross_entropy", backend, "linear_cross_entropy_fwd")
         loss = run(x, weight, linear_bias, classes, *options)[0]
@@ -185,7 +190,7 @@ def _gradients(
     if len(saved) > 6:
         return [gradient * dloss for gradient in saved[6:]]
     known = ctx.kept and type(dloss) is Tensor and not torch.compiler.is_compiling()
-    factor = dloss.item() if known else None
+    factor = _number(dloss) if known else None
     # An infinite factor must not reach the zeros of ignored rows.
     if not ctx.kept or not (factor is None or math.isfinite(factor)):
         run = dispatch.kernel("linear_cross_entropy", ctx.backend, "linear_cross_entropy_bwd")
@@ -195,10 +200,20 @@ def _gradients(
     if gradients is None:
         run = dispatch.kernel("linear_cross_entropy", ctx.backend, "linear_cross_entropy_fwd_bwd")
         gradients = run(*saved[:4], *ctx.options, ctx.kept, *needed)[3:]
+    if factor is None:
+        return [gradient * dloss for gradient in gradients]
     if factor != 1.0:
         for gradient in gradients:
             gradient.mul_(dloss)
     return gradients
+
+
+def _number(dloss: Tensor) -> float | None:
+    """The value of dloss; None where it has none to tell, being traced or many at once."""
+    try:
+        return float(dloss.item())
+    except RuntimeError:
+        return None
 
 
 def _linear_cross_entropy_fwd_fake(

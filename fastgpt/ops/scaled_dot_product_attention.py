@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops._attention_checks import broadcasts, cast_together, check_qkv
+from fastgpt.ops._attention_checks import broadcasts, cast_together, check_qkv, check_scale
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_flag,
@@ -67,6 +67,7 @@ def scaled_dot_product_attention(
         RuntimeError: what torch raises for arguments that it does not take.
     """
     check_window(window)
+    check_scale(scale)
     try:
         _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
         q, k, v = cast_together(query, key, value, _NAMES)
@@ -102,6 +103,9 @@ def _check(
     enable_gqa: bool,
 ) -> None:
     """ValueError or TypeError for what our kernels do not serve."""
+    dense = not isinstance(query, Tensor) or (query.layout is torch.strided and not query.is_nested)
+    if not dense:
+        raise TypeError(f"query: expected a dense tensor, got one of layout {query.layout}")
     check_qkv(query, key, value, _NAMES)
     check_flag("is_causal", is_causal)
     h, hk = query.shape[1], key.shape[1]
@@ -112,6 +116,8 @@ def _check(
     if attn_mask is None:
         return
     check_tensor("attn_mask", attn_mask)
+    if type(attn_mask).__module__ == "torch.nn.attention.bias":
+        raise TypeError(f"attn_mask: expected elements, got a {type(attn_mask).__name__}")
     check_same_device("attn_mask", attn_mask, "query", query)
     if is_causal:
         raise ValueError("attn_mask: expected None when is_causal is set, got a tensor")

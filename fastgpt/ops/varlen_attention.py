@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import varlen_attention as reference
-from fastgpt.ops._attention_checks import cast_together, check_heads, check_scale, distinct
-from fastgpt.ops._autograd import needs_grad, once, record, without_grad
+from fastgpt.ops._attention_checks import cast_together, check_heads, check_scale
+from fastgpt.ops._autograd import distinct, needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     check_flag,
     check_rank,
@@ -80,6 +80,7 @@ def varlen_attention(
     check_flag("causal", causal)
     check_window(window)
     check_scale(scale)
+    check_flag("return_lse", return_lse)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     backend = dispatch.pick(
         "varlen_attention", q, head_dim=q.shape[2], causal=causal, window=window

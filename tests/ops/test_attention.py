@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastgpt
+from fastgpt import dispatch
 from fastgpt import functional as F
 from fastgpt.backends.reference._philox import dropout_keep
 from tests.attention_in_torch import attend, band
@@ -18,10 +20,12 @@ from tests.contract import (
     OpSpec,
     Results,
     check_contract,
+    device_of,
     first_axis,
     grid,
     normal,
     rounded,
+    skip_unless_runs,
 )
 from tests.numerics import worst
 
@@ -128,6 +132,7 @@ CASES = (
     case("bias_float32", 1, 2, 2, 20, 20, 16, bias=(1, 1, 20, 20), bias_dtype=torch.float32),
     case("alibi", 2, 4, 2, 40, 70, 16, alibi=True),
     case("dropout", 2, 2, 2, 37, 45, 16, dropout_p=0.2),
+    case("dropout_of_few_keys", 1, 2, 2, 33, 33, 64, window=2, dropout_p=0.1),
     case("everything", 2, 2, 1, 37, 45, 24, window=20, pad="holes", bias=(2, 1, 37, 45), alibi=True,
          dropout_p=0.1, lse=True),
     case("scale", 1, 2, 2, 30, 30, 16, scale=0.7),
@@ -217,3 +222,50 @@ SPEC = OpSpec(
 @pytest.mark.parametrize(("backend", "dtype", "case"), grid(SPEC))
 def test_contract(backend: str, dtype: torch.dtype, case: Case) -> None:
     check_contract(SPEC, backend, dtype, case)
+
+
+BACKENDS = pytest.mark.parametrize("backend", dispatch.TABLE["attention"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@BACKENDS
+@DTYPES
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_hidden_value_of_any_size_changes_no_gradient(
+    backend: str, dtype: torch.dtype, window: int | None
+) -> None:
+    """Its product with dout overflows where no query that sees it has a gradient."""
+    skip_unless_runs("attention", backend, dtype)
+    g, first = torch.Generator().manual_seed(0), 50
+    q, k, v, dout = (normal(g, 1, 2, 70, 64, dtype=dtype).to(device_of(backend)) for _ in range(4))
+    dout *= 1e4
+    dout[:, :, first:] = 0
+    large = v.clone()
+    large[:, :, first:] = 1e36
+    results = []
+    for values in (v, large):
+        leaves = [x.clone().requires_grad_() for x in (q, k, values)]
+        with fastgpt.backend(backend):
+            out = F.attention(*leaves, window=window)
+            results.append(torch.autograd.grad(out, leaves, dout))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got[:, :, :first], want[:, :, :first])
+
+
+@BACKENDS
+@DTYPES
+def test_no_finite_bias_hides(backend: str, dtype: torch.dtype) -> None:
+    """A row whose keys all have the least bias, as of an additive mask, averages them."""
+    skip_unless_runs("attention", backend, dtype)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (normal(g, 1, 2, 20, 16, dtype=dtype).to(device_of(backend)) for _ in range(3))
+    bias = torch.zeros(20, 20, device=q.device)
+    bias[3], bias[7, :5] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with fastgpt.backend(backend):
+        out = F.attention(*leaves, causal=False, bias=bias)
+        gradients = torch.autograd.grad(out, leaves, out.detach())
+    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(out[:, :, 3], v.mean(2), **tolerance)
+    torch.testing.assert_close(out[:, :, 7], v[:, :, :5].mean(2), **tolerance)
+    assert all(gradient.isfinite().all() for gradient in gradients)

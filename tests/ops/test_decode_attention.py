@@ -238,3 +238,18 @@ def test_any_length_and_start_is_memory_safe(tested: str, append: bool, t: int, 
     torch.testing.assert_close(out, want_out, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
     assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_backward_notices_the_append(backend: str) -> None:
+    skip_unless_runs("decode_attention", backend)
+    g = torch.Generator().manual_seed(0)
+    q = normal(g, 1, 2, 1, 8, dtype=torch.float32).requires_grad_()
+    caches = [normal(g, 1, 2, 6, 8, dtype=torch.float32) for _ in range(2)]
+    out = F.attention(q, *caches)
+    with torch.no_grad(), fastgpt.backend(backend):
+        new = torch.zeros(1, 2, 1, 8)
+        length = torch.tensor([4], dtype=torch.int32)
+        F.decode_attention(q, *caches, length, k_new=new, v_new=new)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastgpt
 from fastgpt import dispatch
@@ -219,6 +220,9 @@ def test_ignored_rows_stay_zero_under_an_infinite_gradient(
 
 def test_shapes_alone_are_differentiated() -> None:
     skip_unless_runs(SPEC.op, "cpu")
+    meta = [torch.empty(n, 8, device="meta", requires_grad=True) for n in (6, 5)]
+    loss = F.linear_cross_entropy(*meta, torch.zeros(6, dtype=torch.int64, device="meta"))
+    assert [g.shape for g in torch.autograd.grad(loss, meta)] == [(6, 8), (5, 8)]
     with FakeTensorMode(), fastgpt.backend("cpu"):
         x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
         loss = F.linear_cross_entropy(x, weight, torch.zeros(6, dtype=torch.int64))
@@ -244,3 +248,23 @@ def test_a_second_backward_finds_what_the_first_gave_away(dtype: torch.dtype) ->
         assert torch.equal(got, kept)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, leaves)
+
+
+def test_many_gradients_at_once() -> None:
+    """`dloss` has no value to read where it is a batch, or traced."""
+    skip_unless_runs(SPEC.op, "cpu")
+    weight, target = torch.randn(5, 8), torch.tensor([3, 0, 1])
+    x = torch.randn(3, 8, requires_grad=True)
+    with fastgpt.backend("cpu"):
+        loss = F.linear_cross_entropy(x, weight, target)
+        (want,) = torch.autograd.grad(loss, x, retain_graph=True)
+        factors = torch.tensor([1.0, -2.0, 0.0])
+        (got,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True)
+    assert torch.equal(got, factors[:, None, None] * want)
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(F.linear_cross_entropy(x, weight, target), x)[0]
+
+    with fastgpt.backend("cpu"):
+        assert torch.equal(make_fx(gradient)(x.detach())(x.detach()), want)

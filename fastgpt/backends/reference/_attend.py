@@ -13,13 +13,11 @@ https://arxiv.org/abs/2205.14135.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastgpt.backends.reference._band import zero_hidden, zero_where_not
+from fastgpt.ops._checks import without_autocast
 
 
 def attend(
@@ -38,7 +36,7 @@ def attend(
     and -inf with zero gradients.
     """
     k, v = _per_query_head(k, q), _per_query_head(v, q)
-    with _no_autocast(q):
+    with without_autocast(q):
         q, k, v = zero_hidden(q, k, v, seen)
         scores = _scores(q, k, scale, seen, bias)
         if k.shape[2]:
@@ -49,6 +47,8 @@ def attend(
         weights = (scores - torch.where(empty, 0.0, peak)).exp()
         total = weights.sum(-1, keepdim=True) + empty
         weights = weights / total
+        if seen is not None:  # what may overflow, the gradient of a hidden key, is not read
+            weights = zero_where_not(seen, weights)
         lse = torch.where(empty, -torch.inf, peak + total.log()).squeeze(-1)
         # 0 already where a row is empty; so that its gradient, NaN included, is not read.
         out = zero_where_not(~empty, (weights if keep is None else weights * keep) @ v)
@@ -75,7 +75,7 @@ def attend_bwd(
     """
     hk = k.shape[1]
     k, v = _per_query_head(k, q), _per_query_head(v, q)
-    with _no_autocast(q):
+    with without_autocast(q):
         q, k, v = zero_hidden(q, k, v, seen)
         empty = (lse == -torch.inf)[..., None]
         dout = zero_where_not(~empty, dout)
@@ -89,6 +89,8 @@ def attend_bwd(
         if keep is not None:
             dweights, kept = dweights * keep, weights * keep
         dscores = weights * (dweights - delta)
+        if seen is not None:
+            dscores = zero_where_not(seen, dscores)
         dq = scale * (dscores @ k)
         dk = scale * (dscores.mT @ q)
         dv = kept.mT @ dout
@@ -110,14 +112,6 @@ def _per_query_head(x: Tensor, q: Tensor) -> Tensor:
 
 def _per_key_head(dx: Tensor, hk: int) -> Tensor:
     return dx if dx.shape[1] == hk else dx.unflatten(1, (hk, -1)).sum(2)
-
-
-def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast would take the products in a narrower dtype than the one to compute in."""
-    device = tensor.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 def token_major(x: Tensor) -> Tensor:

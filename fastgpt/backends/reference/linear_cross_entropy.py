@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastgpt.backends.reference.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
-from fastgpt.ops._checks import statistics_dtype
+from fastgpt.ops._checks import statistics_dtype, without_autocast
 
 
 def linear_cross_entropy_fwd(
@@ -51,7 +50,7 @@ def linear_cross_entropy_bwd(
         label_smoothing,
     )
     wide, none = dlogits.dtype, dlogits.new_empty(0)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         dx = (dlogits @ weight.to(wide)).to(x.dtype) if need_dx else none.to(x.dtype)
         dweight = dlogits.T @ x.to(wide) if need_dweight else none
         dbias = dlogits.sum(0) if need_dbias else none
@@ -60,6 +59,6 @@ def linear_cross_entropy_bwd(
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wide = statistics_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         logits = x.to(wide) @ weight.to(wide).T
         return logits if bias is None else logits + bias.to(wide)

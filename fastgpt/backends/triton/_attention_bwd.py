@@ -17,6 +17,7 @@ import triton.language as tl
 from fastgpt.backends.triton._attention_tile import (
     COUNTS,
     INF,
+    LEAST_LSE,
     accumulate,
     biased,
     clear,
@@ -47,7 +48,7 @@ def attention_bwd_delta_kernel(
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     WITH_LO: tl.constexpr, WITH_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse in units of log2(e): 0 and inf where a row saw no key, so that P is 0."""
+    """delta, and lse in units of log2(e): 0 and inf where a row has no gradient: P is 0."""
     tiles = (sq + ROWS - 1) // ROWS
     y = index(tl.program_id(0)) // tiles
     rows = index(tl.program_id(0)) % tiles * ROWS + tl.arange(0, ROWS)
@@ -56,7 +57,7 @@ def attention_bwd_delta_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :]
     at = z * lse_b + head * lse_h + rows
     lse = tl.load(g_lse + at, mask=rows < sq, other=-INF)
-    some = lse > -INF
+    some = lse > LEAST_LSE
     # The gradient of a row that saw no key is not read: it may hold anything.
     inside = some[:, None] & (columns < D)
     rows64 = rows.to(tl.int64)[:, None]
@@ -138,8 +139,8 @@ def dkv_tile(
     else:
         delta = tl.load(g_delta + rows)
     ds = p * (dp - delta[None, :])
-    if MASKED:
-        ds = tl.where(p == 0.0, 0.0, ds)  # a hidden key or value may hold NaN
+    if EDGE:  # a hidden key or value may hold NaN, and its dp may have overflowed
+        ds = tl.where(p == 0.0, 0.0, ds)
     dk0, dk1 = accumulate(dk0, dk1, ds, q0, q1, dtype, D1, PRECISION)
     return dk0, dk1, dv0, dv1
 
@@ -279,8 +280,8 @@ def score_gradient(
         dp = tl.where(keep, dp * rescale, 0.0)
     pdp = p * dp
     ds = p * (dp - delta[:, None])
-    if MASKED:
-        pdp = tl.where(p == 0.0, 0.0, pdp)  # a hidden key or value may hold NaN
+    if EDGE:  # a hidden key or value may hold NaN, and its dp may have overflowed
+        pdp = tl.where(p == 0.0, 0.0, pdp)
         ds = tl.where(p == 0.0, 0.0, ds)
     return p, pdp, ds
 

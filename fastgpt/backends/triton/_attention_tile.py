@@ -18,6 +18,10 @@ COUNTS = ("lse_b", "lse_h", "b", "h", "sq", "sk", "tq", "tk", "offset", "window"
 """Arguments of which a new value compiles nothing."""
 
 INF = tl.constexpr(float("inf"))
+MOST_BIAS = tl.constexpr(1.7e38)
+LEAST_LSE = tl.constexpr(-1e30)
+"""The gradient of a row with a smaller log-sum-exp is 0: it saw no key, or only keys with a bias
+beside which its scores have no digits."""
 ELEMENTS_TOGETHER = tl.constexpr(1 << 22)
 """What heads that are computed together may read again and again: 16 MiB of two 16-bit tensors."""
 
@@ -328,7 +332,10 @@ def biased(
     if BIASED:
         at = rows.to(tl.int64) * bias_q + columns.to(tl.int64) * bias_k
         bias = tl.load(g_bias + at, mask=(rows < sq) & (columns < sk), other=0.0)
-        t += bias.to(tl.float32) * LOG2E
+        bias = bias.to(tl.float32)
+        # Only -inf hides: what a finite one adds in units of log 2 is finite.
+        scaled = tl.minimum(tl.maximum(bias * LOG2E, -MOST_BIAS), MOST_BIAS)
+        t += tl.where(tl.abs(bias) < INF, scaled, bias)
     if EDGE:
         if HIGH:
             seen = x <= high

@@ -9,15 +9,13 @@ Flops: 2 r v c forward, 6 r v c backward (the logits are computed again).
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastgpt.backends.triton._launch import ceil_div
 from fastgpt.backends.triton._rows import column_sums
 from fastgpt.backends.triton.cross_entropy import logit_gradients, reduce_losses, row_losses
+from fastgpt.ops._checks import without_autocast
 from fastgpt.ops._losses import REDUCTIONS, check_classes, loss_outputs
 
 BLOCK_ROWS = 4096
@@ -56,10 +54,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.to(torch.float32), b.to(torch.float32))
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     logits = _product(x, weight.T)
     return logits if bias is None else logits.add_(bias)
@@ -83,7 +77,7 @@ def linear_cross_entropy_fwd(
     check_classes("triton", target, v, ignore_index)
     loss, lse, weight_sum = loss_outputs(x, reduction)
     row_loss = loss if reduction == NONE else x.new_empty(r, dtype=torch.float32)
-    with _no_autocast(x):
+    with without_autocast(x):
         for rows in _row_blocks(x):
             state = x.new_empty((5, rows.stop - rows.start), dtype=torch.float32)
             for first, count in _class_blocks(weight):
@@ -134,7 +128,7 @@ def linear_cross_entropy_bwd(
     options = (ignore_index, NONE if each else SUM, label_smoothing)
     row_blocks = _row_blocks(x)
     dx_sums: list[Tensor | None] = [None] * len(row_blocks)
-    with _no_autocast(x):
+    with without_autocast(x):
         for first, count in _class_blocks(weight):
             at = slice(first, first + count)
             own_bias = None if bias is None else bias[at]
