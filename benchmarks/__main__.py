@@ -23,10 +23,19 @@ OPTIONS = (
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--device")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        usage="%(prog)s [-h] [--device DEVICE] [pytest's arguments]",
+        description="Time every op beside every peer; figures and plots of this machine.",
+        epilog="Further arguments, as -k attention, go to pytest and measure a part.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--device", help="cpu or cuda; a GPU if there is one")
     known, rest = parser.parse_known_args(arguments)
-    device = machine.device(known.device)
+    try:
+        device = machine.device(known.device)
+    except ValueError as error:
+        parser.error(str(error))
     folder = machine.folder_of(device)
     if rest:
         folder = folder / "part"

@@ -25,6 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default=None, help="cpu or cuda; a GPU if there is one")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        device_of(config)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
 def device_of(config: pytest.Config) -> torch.device:
     return machine.device(config.getoption("--device", None))
 

@@ -44,9 +44,20 @@ def slim(document: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Figure]]:
-    """The machine, and the figures in the order in which they were measured."""
-    document = json.loads(path.read_text())
-    return document["machine_info"], list(_figures(path, document["benchmarks"]))
+    """The machine, and the figures in the order in which they were measured.
+
+    Raises:
+        ValueError: `path` is not the file of a run.
+    """
+    try:
+        document = json.loads(path.read_text())
+        return document["machine_info"], list(_figures(path, document["benchmarks"]))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, got: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected the benchmarks.json of a run ({error!r})") from None
 
 
 def _figures(path: Path, entries: list[dict[str, Any]]) -> Iterator[Figure]:

@@ -286,7 +286,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # SDPA tells of every backend that it was held not to take
     functorch.donated_buffer = False  # a compiled backward runs more than once
-    device = machine.device(options.device)
+    try:
+        device = machine.device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
     until = time.monotonic() + options.seconds
     clock, roofs = Clock(device), machine.roofs(device)
     measured: list[Measured] = []

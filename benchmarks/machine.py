@@ -16,8 +16,19 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def device(name: str | None) -> torch.device:
-    """cpu or cuda; without a name a GPU if there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """cpu or cuda; without a name a GPU if there is one. ValueError if it is not here."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not name:
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
+    if found.type == "cuda" and (found.index or 0) >= gpus:
+        raise ValueError(f"--device: {name} asked for, but torch sees {gpus or 'no'} GPUs here")
+    return found
 
 
 def name_of(device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """Draw benchmark JSON files: GB/s or TFLOP/s of every peer per shape, the machine's roof dashed.
 
-    python -m benchmarks.plot benchmarks/results/<machine>/*.json [--out FOLDER]
+    python -m benchmarks.plot benchmarks/results/<machine>/benchmarks.json [--out FOLDER]
 
 The unit is TFLOP/s where more than ten flops to a byte cannot be avoided, GB/s elsewhere; a shape
 that fits in a cache can exceed the roof of the latter, which is that of memory. One PNG per op with
@@ -10,7 +10,9 @@ a panel for each dtype and direction, named after the op, beside the first JSON 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +86,18 @@ def _panel(
     axes.tick_params(axis="y", labelsize=7)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("json", nargs="+", type=Path)
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    for path in draw_all(arguments.json, arguments.out or arguments.json[0].parent):
+    options = parser.parse_args(arguments)
+    try:
+        drawn = draw_all(options.json, options.out or options.json[0].parent)
+    except ValueError as error:
+        parser.error(str(error))
+    for path in drawn:
         print(path)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fastgpt import functional as F
-from fastgpt.config import GPTConfig
+from fastgpt.config import GPTConfig, check_config, check_count, check_int
 from fastgpt.ops._checks import check_tensor
+
+NO_GRADIENT = "cache: it has no gradient; call the model under torch.no_grad()"
 
 
 class LayerMemory(Protocol):
@@ -64,9 +66,12 @@ class KVCache:
         lengths: (batch,) int32 on the device, tokens seen; `length` is the same on the host.
         start: (batch,) int32 on the device, position of each row's first visible token, or None
             where nothing is padded.
+        incoming_start: the same during a call, whose padding `start` takes over once every layer
+            has the new tokens: a call that is rejected leaves it as it was.
 
     Raises:
         ValueError: batch < 1, or capacity is not in [1, n_positions].
+        TypeError: config is no GPTConfig, or batch or capacity no int.
     """
 
     def __init__(
@@ -78,17 +83,19 @@ class KVCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_config(config)
+        check_count("batch", batch)
         capacity = config.n_positions if capacity is None else capacity
-        if batch < 1:
-            raise ValueError(f"batch: expected an int >= 1, got {batch}")
+        check_int("capacity", capacity, f"from 1 to n_positions = {config.n_positions}")
         if not 1 <= capacity <= config.n_positions:
             raise ValueError(
                 f"capacity: expected 1 to n_positions = {config.n_positions}, got {capacity}"
             )
-        self.batch, self.capacity, self.n_positions = batch, capacity, config.n_positions
+        self.config, self.batch, self.capacity = config, batch, capacity
         self.length = 0
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.start: Tensor | None = None
+        self.incoming_start: Tensor | None = None
         self.layers = [
             LayerCache(self, config, config.window_of(i), device, dtype)
             for i in range(config.n_layer)
@@ -97,18 +104,19 @@ class KVCache:
     def begin(self, attention_mask: Tensor | None, b: int, s: int) -> tuple[None, Tensor]:
         """Where `s` more tokens of `b` rows stand: (s) or (b, s) positions, and no mask.
 
-        Padding is kept in `start`. Positions are counted on the device, so that a captured step
-        moves on when it is replayed.
+        Padding goes to `incoming_start`. Positions are counted on the device, so that a captured
+        step moves on when it is replayed.
 
         Raises:
             ValueError: more than n_positions tokens, or as `check` and `hide_padding`.
         """
-        check_length(s, self.length, self.n_positions)
+        check_length(s, self.length, self.config.n_positions)
         self.check(b, s)
+        self.incoming_start = self.start
         if attention_mask is not None:
             self.hide_padding(attention_mask, s)
         positions = torch.arange(s, device=self.lengths.device) + self.lengths[:, None]
-        return None, from_first_visible(positions, self.start)
+        return None, from_first_visible(positions, self.incoming_start)
 
     def check(self, batch: int, t: int) -> None:
         """ValueError unless `t` more tokens for `batch` rows fit."""
@@ -124,6 +132,7 @@ class KVCache:
         """Count `t` tokens whose keys and values every layer has just stored."""
         self.length += t
         self.lengths += t
+        self.start = self.incoming_start
 
     def hide_padding(self, attention_mask: Tensor, t: int) -> None:
         """Take each row's first visible position from a mask over the cached and `t` new tokens.
@@ -147,14 +156,15 @@ class KVCache:
                     "attention_mask: expected the left padding of the cached tokens "
                     f"{before.tolist()}, got {start.tolist()}"
                 )
-        elif bool(start.any()):
-            self.start = start
+        else:
+            self.incoming_start = start if bool(start.any()) else None
 
     def visible(self, first: int, last: int) -> Tensor | None:
         """(batch, last - first) bool: which of those positions are not padding; None: all."""
-        if self.start is None:
+        start = self.incoming_start
+        if start is None:
             return None
-        return torch.arange(first, last, device=self.start.device) >= self.start[:, None]
+        return torch.arange(first, last, device=start.device) >= start[:, None]
 
 
 class LayerCache:
@@ -201,7 +211,7 @@ class LayerCache:
         owner = self.owner
         t = q.shape[2]
         if q.requires_grad and torch.is_grad_enabled():
-            raise ValueError("cache: it has no gradient; call the model under torch.no_grad()")
+            raise ValueError(NO_GRADIENT)
         owner.check(q.shape[0], t)
         if attention_mask is not None:
             owner.hide_padding(attention_mask, t)
@@ -216,7 +226,7 @@ class LayerCache:
                 v_new=v,
                 window=self.window,
                 scale=scale,
-                cache_start=owner.start,
+                cache_start=owner.incoming_start,
                 ring=self.ring,
             )
         first, last = self._oldest(), owner.length + t
@@ -256,6 +266,27 @@ class LayerCache:
         places = torch.arange(length + t - kept, length + t, device=k.device) % slots
         self.k[:, :, places] = k[:, :, t - kept :]
         self.v[:, :, places] = v[:, :, t - kept :]
+
+
+def check_cache(cache: Memory, config: GPTConfig, dtype: torch.dtype, device_type: str) -> None:
+    """ValueError or TypeError unless a model of this config, dtype and device can use the cache.
+
+    Inside autocast its layers take queries of any dtype, and so a `KVCache` of any.
+    """
+    if not isinstance(cache, KVCache):
+        if not all(hasattr(cache, name) for name in ("layers", "begin", "advance")):
+            raise TypeError(
+                f"cache: expected a KVCache, as new_cache makes them, got {type(cache).__name__}"
+            )
+        return
+    if cache.config is not config:
+        for name in ("n_layer", "n_head", "d_head", "n_positions", "windows"):
+            expected, got = getattr(config, name), getattr(cache.config, name)
+            if expected != got:
+                raise ValueError(f"cache: expected one for {name} = {expected}, got one for {got}")
+    got_dtype = cache.layers[0].k.dtype
+    if got_dtype != dtype and not torch.is_autocast_enabled(device_type):
+        raise TypeError(f"cache: expected dtype {dtype} as the model, got {got_dtype}")
 
 
 def visible_keys(attention_mask: Tensor | None, b: int, keys: int) -> Tensor | None:

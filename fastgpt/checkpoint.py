@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgpt.config import GPTConfig
+from fastgpt.ops._checks import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from fastgpt.model import GPT
@@ -36,16 +37,20 @@ def save_pretrained(model: GPT, folder: Path) -> None:
     A tied output matrix is stored once, as `wte.weight`. Each file appears only when complete.
 
     Raises:
-        ValueError: `folder` is a file.
+        ValueError: `folder` is a file, or the output matrix is not the tied one of the config.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: expected a folder, got the file {folder}")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        head = tensors.pop("lm_head.weight", None)
+        if head is not None and not _same(head, tensors.get("wte.weight")):
+            raise ValueError(
+                "lm_head.weight: expected wte.weight, as config.tie_embeddings is True, "
+                "got another matrix; call model.tie_weights(), or build the model with "
+                "tie_embeddings=False"
+            )
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
-        if not (model.config.tie_embeddings and name == "lm_head.weight")
-    }
     config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
     text = json.dumps(config, indent=2) + "\n"
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -71,7 +76,11 @@ def from_pretrained(
     Raises:
         ValueError: `folder` is no checkpoint, its configuration is of another kind of model, or
             tensors are missing, misshapen, no floats or unexpected: one message lists them all.
+        TypeError: dtype is no floating dtype.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES):
+        names = ", ".join(str(one) for one in FLOAT_DTYPES)
+        raise TypeError(f"dtype: expected None or one of {names}, got {dtype!r}")
     values = _read_config(folder)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in _FORMATS:
@@ -103,6 +112,12 @@ def from_pretrained(
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     return model.eval()
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    if other is None or (one.dtype, one.device) != (other.dtype, other.device):
+        return False
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -319,6 +334,18 @@ def _require(values: Mapping[str, Any], name: str, expected: Any, default: Any =
         raise ValueError(f"{name}: only {expected!r} is supported, got {got!r}")
 
 
+def _dropout(values: Mapping[str, Any], names: tuple[str, ...], default: float) -> Any:
+    """The one rate of our model, of the several that the configuration could tell apart."""
+    rates = [values.get(name, default) for name in names]
+    if any(rate != rates[0] for rate in rates):
+        got = ", ".join(f"{name} = {rate!r}" for name, rate in zip(names, rates, strict=True))
+        raise ValueError(
+            f"{', '.join(names)}: expected one rate for all, as GPTConfig.dropout is, got {got}; "
+            "write one rate in their place, which changes nothing outside training"
+        )
+    return rates[0]
+
+
 def _config_gpt2(values: dict[str, Any]) -> GPTConfig:
     _require(values, "n_inner", 4 * values["n_embd"])
     _require(values, "scale_attn_by_inverse_layer_idx", False)
@@ -330,7 +357,7 @@ def _config_gpt2(values: dict[str, Any]) -> GPTConfig:
         n_embd=values["n_embd"],
         n_head=values["n_head"],
         attention_pattern=("dense",),
-        dropout=values.get("resid_pdrop", 0.1),
+        dropout=_dropout(values, ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1),
         layer_norm_eps=values.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=values.get("tie_word_embeddings", True),
         attention_scale=None if values.get("scale_attn_weights", True) else 1.0,
@@ -363,7 +390,7 @@ def _config_gpt_neo(values: dict[str, Any]) -> GPTConfig:
         n_head=values["num_heads"],
         window=values.get("window_size", 256),
         attention_pattern=tuple(names[kind] for kind in layers),
-        dropout=values.get("resid_dropout", 0.0),
+        dropout=_dropout(values, ("resid_dropout", "embed_dropout", "attention_dropout"), 0.0),
         layer_norm_eps=values.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=values.get("tie_word_embeddings", True),
         attention_scale=1.0,

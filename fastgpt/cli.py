@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import torch
 import typer
 from rich.console import Console
 
 from fastgpt.info import EXAMPLES, explain_call, report
+
+if TYPE_CHECKING:
+    from fastgpt.config import GPTConfig
+    from fastgpt.train import TrainOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -37,6 +42,22 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU i
 Steps = Annotated[int, typer.Option(min=1, help="Training steps.")]
 Seed = Annotated[int, typer.Option(help="Of the split, the weights, the batches and the draws.")]
 
+TRAINING = {
+    "steps": 1000,
+    "batch": 4,
+    "context": 512,
+    "learning_rate": 1e-3,
+    "dtype": "float32",
+    "seed": 0,
+}
+"""What `train` takes where neither the command line nor a resumed run says anything else."""
+VOCAB_SIZE = 4096
+
+
+def _unset(default: object, help: str, **bounds: Any) -> Any:
+    """An option that is None where the command line does not give it."""
+    return typer.Option(help=f"{help} Default: {default}.", **bounds)
+
 
 @contextmanager
 def _errors_as_one_line() -> Iterator[None]:
@@ -58,10 +79,88 @@ def _failure(message: str) -> typer.Exit:
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: {name} asked for, but torch sees no GPU here")
     return str(device)
+
+
+def _check_out(out: Path) -> None:
+    """ValueError unless `out` is a folder to write in, or can become one."""
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--out: expected a folder, got {out}, but {nearest} is a file")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out: expected a folder that can be written, got {out}")
+
+
+def _shape(preset: str | None, config: Path | None) -> GPTConfig | None:
+    """The decoder that --preset or --config names, if one of them is given."""
+    from fastgpt.config import PRESETS, GPTConfig
+
+    if preset is not None and config is not None:
+        raise ValueError("--preset and --config: expected one of them, got both")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        return GPTConfig.preset(preset)
+    if config is None:
+        return None
+    try:
+        return GPTConfig.from_json(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config: {config} cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--config: {config} is no JSON of GPTConfig fields ({error})") from None
+
+
+def _options(given: Mapping[str, Any]) -> TrainOptions:
+    """The options of a new run."""
+    from fastgpt.train import TrainOptions
+
+    values = {**TRAINING, **given}
+    return TrainOptions(
+        **{**values, "dtype": _dtype(values["dtype"])},
+        warmup=max(1, min(100, values["steps"] // 10)),
+        eval_every=_eval_every(values["steps"]),
+    )
+
+
+def _resumed_options(
+    given: Mapping[str, Any], saved: TrainOptions, done: int, out: Path
+) -> TrainOptions:
+    """The options of the run in `out`, `done` steps of which are done; `given` ones replace them.
+
+    Another seed would draw another split, and train on what was held out.
+    """
+    if given.get("seed", saved.seed) != saved.seed:
+        raise ValueError(f"--seed: expected {saved.seed} as the run in {out}, got {given['seed']}")
+    changes = dict(given)
+    if "dtype" in given:
+        changes["dtype"] = _dtype(given["dtype"])
+    if "steps" in given:
+        changes["eval_every"] = _eval_every(given["steps"])
+    options = dataclasses.replace(saved, **changes)
+    if options.steps <= done:
+        raise ValueError(
+            f"--steps: expected more than the {done} that the run in {out} has done, "
+            f"got {options.steps}"
+        )
+    return options
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype: expected float32 or bfloat16, got {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _eval_every(steps: int) -> int:
+    return max(1, steps // 20)
 
 
 @app.command()
@@ -109,6 +208,7 @@ def demo(
     with _errors_as_one_line():
         from fastgpt.demo import DemoOptions, run
 
+        _check_out(out)
         options = DemoOptions(
             texts=(*(text or []), *(more or [])),
             steps=steps,
@@ -133,62 +233,91 @@ def train(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")] = Path("fastgpt-model"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    steps: Steps = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
-    context: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
-    vocab_size: Annotated[int, typer.Option(min=257, help="Tokens of the BPE.")] = 4096,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 1e-3,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
-    seed: Seed = 0,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        _unset(TRAINING["steps"], "Training steps.", min=1),
+    ] = None,
+    batch: Annotated[
+        Optional[int],  # noqa: UP045
+        _unset(TRAINING["batch"], "Sequences a step.", min=1),
+    ] = None,
+    context: Annotated[
+        Optional[int],  # noqa: UP045
+        _unset(TRAINING["context"], "Tokens a sequence.", min=2),
+    ] = None,
+    vocab_size: Annotated[
+        Optional[int],  # noqa: UP045
+        _unset(VOCAB_SIZE, "Tokens of the BPE.", min=257),
+    ] = None,
+    learning_rate: Annotated[
+        Optional[float],  # noqa: UP045
+        _unset(TRAINING["learning_rate"], "Peak of the schedule."),
+    ] = None,
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        _unset(TRAINING["dtype"], "float32, or bfloat16 by autocast."),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        _unset(TRAINING["seed"], "Of the split, the weights and the batches."),
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Train a decoder from scratch on text: tokenizer, model and optimizer land in --out."""
+    """Train a decoder from scratch on text: tokenizer, model and optimizer land in --out.
+
+    With --resume, the text and the options that are not given are those of the run in --out.
+    """
     with _errors_as_one_line():
         from fastgpt import console as screen
         from fastgpt import text as corpus
-        from fastgpt.config import GPTConfig
         from fastgpt.model import GPT
-        from fastgpt.train import Trainer, TrainOptions, small_config
+        from fastgpt.train import SavedRun, Trainer, small_config
 
-        if preset is not None and config is not None:
-            raise ValueError("--preset and --config: expected one of them, got both")
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
-        options = TrainOptions(
-            steps=steps,
-            batch=batch,
-            context=context,
-            learning_rate=learning_rate,
-            warmup=max(1, min(100, steps // 10)),
-            seed=seed,
-            eval_every=max(1, steps // 20),
-            dtype=getattr(torch, dtype),
-        )
-        data = corpus.read_corpus([*(text or []), *(more or [])], limit=1 << 30, seed=seed)
-        console.print(data.describe())
+        values = {
+            "steps": steps,
+            "batch": batch,
+            "context": context,
+            "learning_rate": learning_rate,
+            "dtype": dtype,
+            "seed": seed,
+        }
+        given = {name: value for name, value in values.items() if value is not None}
+        fixed = {"--preset": preset, "--config": config, "--vocab-size": vocab_size}
+        texts = [*(text or []), *(more or [])]
+        place = _device(device)
+        _check_out(out)
         if resume:
+            clash = [name for name, value in fixed.items() if value is not None]
+            if clash:
+                raise ValueError(
+                    f"{', '.join(clash)}: expected none with --resume, "
+                    f"which goes on with the model in {out}"
+                )
+            saved = SavedRun.load(out)
+            options = _resumed_options(given, saved.options, saved.step, out)
+            texts = texts or list(saved.texts)
             tokenizer, model = corpus.load_tokenizer(out), GPT.from_pretrained(out)
+            shape: GPTConfig | None = model.config
         else:
-            tokenizer = corpus.train_tokenizer(data.train, vocab_size)
-            vocab_size = tokenizer.get_vocab_size()
-            if config is not None:
-                shape = GPTConfig.from_json(config.read_text())
-            elif preset is not None:
-                shape = GPTConfig.preset(preset)
-            else:
-                shape = small_config(vocab_size, context)
-            torch.manual_seed(seed)
-            model = GPT(dataclasses.replace(shape, vocab_size=vocab_size))
-        if context > model.config.n_positions:
+            options, shape = _options(given), _shape(preset, config)
+        if shape is not None and options.context > shape.n_positions:
             raise ValueError(
-                f"--context: expected at most n_positions = {model.config.n_positions}, "
-                f"got {context}"
+                f"--context: expected at most n_positions = {shape.n_positions}, "
+                f"got {options.context}"
             )
+        data = corpus.read_corpus(texts, limit=1 << 30, seed=options.seed)
+        console.print(data.describe())
+        if not resume:
+            tokenizer = corpus.train_tokenizer(data.train, vocab_size or VOCAB_SIZE)
+            size = tokenizer.get_vocab_size()
+            shape = shape or small_config(size, options.context)
+            torch.manual_seed(options.seed)
+            model = GPT(dataclasses.replace(shape, vocab_size=size))
         tokens = corpus.encode(tokenizer, data.train), corpus.encode(tokenizer, data.held_out)
-        trainer = Trainer(model, *tokens, options, _device(device))
+        trainer = Trainer(model, *tokens, options, place)
         if resume:
-            trainer.resume(out)
-        screen.train(trainer, console, save=lambda: trainer.save(out, tokenizer))
+            trainer.resume(saved)
+        screen.train(trainer, console, save=lambda: trainer.save(out, tokenizer, texts))
         console.print(f"model, tokenizer and optimizer state are in {out}")
 
 

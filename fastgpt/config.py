@@ -55,9 +55,9 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_embd", "n_head", "window"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         if self.head_dim is not None:
-            _check_count("head_dim", self.head_dim)
+            check_count("head_dim", self.head_dim)
         elif self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd: expected a multiple of n_head = {self.n_head} (or give head_dim), "
@@ -69,14 +69,14 @@ class GPTConfig:
         for name in ("bias", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
-        _check_number("dropout", self.dropout)
+        check_number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
-        _check_number("layer_norm_eps", self.layer_norm_eps)
+        check_number("layer_norm_eps", self.layer_norm_eps)
         if not 0.0 < self.layer_norm_eps < math.inf:
             raise ValueError(f"layer_norm_eps: expected a number > 0, got {self.layer_norm_eps}")
         if self.attention_scale is not None:
-            _check_number("attention_scale", self.attention_scale)
+            check_number("attention_scale", self.attention_scale)
             if not 0.0 < self.attention_scale < math.inf:
                 raise ValueError(
                     f"attention_scale: expected None or a number > 0, got {self.attention_scale}"
@@ -115,11 +115,18 @@ class GPTConfig:
 
         Raises:
             ValueError: there is no such layer.
+            TypeError: layer is no int.
         """
+        check_int("layer", layer, f"from 0 to {self.n_layer - 1}")
         if not 0 <= layer < self.n_layer:
             raise ValueError(f"layer: expected 0 to {self.n_layer - 1}, got {layer}")
         name = self.attention_pattern[layer % len(self.attention_pattern)]
         return self.window if name == "banded" else None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """`window_of` each layer."""
+        return tuple(self.window_of(layer) for layer in range(self.n_layer))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
@@ -132,7 +139,10 @@ class GPTConfig:
 
         Raises:
             ValueError: there is no such preset; the message lists them.
+            TypeError: name is no string.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected one of {', '.join(PRESETS)}, got {name!r}")
         if name not in PRESETS:
             raise ValueError(f"name: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **changes})
@@ -177,14 +187,27 @@ class GPTConfig:
 _REQUIRED = ("vocab_size", "n_positions", "n_layer", "n_embd", "n_head")
 
 
-def _check_count(name: str, value: object) -> None:
+def check_config(config: object) -> None:
+    """TypeError unless `config` is a `GPTConfig`."""
+    if not isinstance(config, GPTConfig):
+        raise TypeError(f"config: expected a GPTConfig, got {type(config).__name__}")
+
+
+def check_int(name: str, value: object, expected: str) -> None:
+    """TypeError unless `value` is an int; `expected` says which, as `>= 1`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int >= 1, got {value!r}")
+        raise TypeError(f"{name}: expected an int {expected}, got {value!r}")
+
+
+def check_count(name: str, value: int) -> None:
+    """TypeError or ValueError unless `value` is an int of at least 1."""
+    check_int(name, value, ">= 1")
     if value < 1:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
 
 
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """TypeError unless `value` is a number, and no bool."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
 

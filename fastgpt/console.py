@@ -51,6 +51,7 @@ def stream(
     """Continue `prompt` token by token as the model draws them; returns how many it drew.
 
     The prompt follows an end-of-text token, as every text did in training; the next one ends it.
+    It is shown with the first token.
     """
     end = tokenizer.token_to_id(END_OF_TEXT)
     ids = [end, *tokenizer.encode(prompt).ids]
@@ -60,13 +61,14 @@ def stream(
 
     def show(token: Tensor) -> None:
         nonlocal shown
+        if not drawn:
+            console.out(prompt, end="", style="bold", highlight=False)
         drawn.append(int(token.reshape(-1)[0]))
         text = tokenizer.decode(drawn)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character: wait for the rest
             console.out(text[shown:], end="", highlight=False)
             shown = len(text)
 
-    console.out(prompt, end="", style="bold", highlight=False)
     model.generate(
         torch.tensor([ids], device=device),
         max_new_tokens,

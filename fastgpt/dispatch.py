@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -293,6 +294,14 @@ def report_fallback(op: str, reason: str) -> None:
         _observe(Choice(op, "torch", "torch's own kernel", {"fastgpt": reason}))
 
 
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """What torch.compile made runs as it was written: its graph no longer makes our decisions."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend and kernel variant would run `function(*args, **kwargs)`, and why no other.
 
@@ -316,12 +325,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     before, _observer = _observer, observe
     try:
-        if dry:
-            with contextlib.suppress(_DryRun):
-                function(*args, **kwargs)
-        else:
-            with torch.no_grad():
-                function(*args, **kwargs)
+        with _uncompiled():
+            if dry:
+                with contextlib.suppress(_DryRun):
+                    function(*args, **kwargs)
+            else:
+                with torch.no_grad():
+                    function(*args, **kwargs)
     finally:
         _observer = before
     return Explanation(tuple(choices))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastgpt import functional as F
 from fastgpt.cache import left_padding, visible_keys
-from fastgpt.ops._checks import check_number, check_tensor
+from fastgpt.config import check_int, check_number
+from fastgpt.ops._checks import check_flag, check_tensor
 
 if TYPE_CHECKING:
     from fastgpt.model import GPT
@@ -27,9 +28,17 @@ def sample(
     """Draw one token id per row from logits (b, v); returns int64 (b,).
 
     `top_k` keeps the k most likely tokens; `top_p` of those the fewest whose probabilities reach
-    p (nucleus sampling: Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
+    p (nucleus sampling: Holtzman et al. 2020, https://arxiv.org/abs/1904.09751), at least one.
+
+    Raises:
+        ValueError: an argument out of its range.
+        TypeError: an argument of the wrong type.
     """
-    scores = logits.float() / temperature
+    check_tensor("logits", logits)
+    _check_sampling(temperature, top_k, top_p, generator)
+    # No score is above 0 then, and none overflows for the least temperature.
+    scores = logits.float()
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
     ids = None
     if top_k is not None and top_k < scores.shape[-1]:
         scores, ids = scores.topk(top_k, dim=-1)
@@ -38,7 +47,8 @@ def sample(
     probabilities = F.softmax(scores, -1)
     if top_p is not None and top_p < 1.0:
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+        least = torch.finfo(before.dtype).tiny  # above `before` of the most likely token, 0
+        probabilities = probabilities.masked_fill(before >= max(top_p, least), 0.0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
 
@@ -81,7 +91,18 @@ def generate(
         TypeError: an argument of the wrong type.
     """
     config = model.config
-    _check_arguments(max_new_tokens, temperature, top_k, top_p, eos_token_id, config.vocab_size)
+    _check_least("max_new_tokens", max_new_tokens, 0)
+    if eos_token_id is not None:
+        _check_least("eos_token_id", eos_token_id, 0)
+        if eos_token_id >= config.vocab_size:
+            raise ValueError(
+                f"eos_token_id: expected 0 to {config.vocab_size - 1} "
+                f"(vocab_size = {config.vocab_size}), got {eos_token_id}"
+            )
+    check_flag("do_sample", do_sample)
+    _check_sampling(temperature, top_k, top_p, generator)
+    if on_token is not None and not callable(on_token):
+        raise TypeError(f"on_token: expected None or a function, got {on_token!r}")
     check_tensor("input_ids", input_ids)
     if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
         raise ValueError(
@@ -130,35 +151,23 @@ def generate(
             module.training = True
 
 
-def _check_arguments(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    eos_token_id: int | None,
-    vocab_size: int,
+def _check_sampling(
+    temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> None:
-    for name, value, least in (
-        ("max_new_tokens", max_new_tokens, 0),
-        ("top_k", top_k, 1),
-        ("eos_token_id", eos_token_id, 0),
-    ):
-        if value is None and name != "max_new_tokens":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int >= {least}, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name}: expected an int >= {least}, got {value}")
-    if eos_token_id is not None and eos_token_id >= vocab_size:
-        raise ValueError(
-            f"eos_token_id: expected 0 to {vocab_size - 1} (vocab_size = {vocab_size}), "
-            f"got {eos_token_id}"
-        )
     check_number("temperature", temperature)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a number > 0, got {temperature}")
-    if top_p is None:
-        return
-    check_number("top_p", top_p)
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p: expected 0 < top_p <= 1, got {top_p}")
+    if top_k is not None:
+        _check_least("top_k", top_k, 1)
+    if top_p is not None:
+        check_number("top_p", top_p)
+        if not 0.0 < top_p <= 1.0:
+            raise ValueError(f"top_p: expected 0 < top_p <= 1, got {top_p}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected None or a torch.Generator, got {generator!r}")
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    check_int(name, value, f">= {least}")
+    if value < least:
+        raise ValueError(f"{name}: expected an int >= {least}, got {value}")

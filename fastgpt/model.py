@@ -12,14 +12,16 @@ from torch import Tensor
 
 from fastgpt import functional as F
 from fastgpt.cache import (
+    NO_GRADIENT,
     KVCache,
     LayerMemory,
     Memory,
+    check_cache,
     check_length,
     from_first_visible,
     visible_keys,
 )
-from fastgpt.config import GPTConfig
+from fastgpt.config import GPTConfig, check_config
 from fastgpt.generate import generate
 from fastgpt.nn import DecoderBlock, LayerNorm, check_hidden
 from fastgpt.ops._checks import check_tensor, host_checks
@@ -50,6 +52,7 @@ class Decoder(torch.nn.Module):
     """
 
     def __init__(self, config: GPTConfig) -> None:
+        check_config(config)
         super().__init__()
         self.config = config
         self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
@@ -101,6 +104,7 @@ class Decoder(torch.nn.Module):
             first = None if attention_mask is None else attention_mask.int().argmax(dim=1)
             positions = from_first_visible(torch.arange(s, device=tokens.device), first)
         else:
+            self._check_cache(cache, inputs_embeds)
             attention_mask, positions = cache.begin(attention_mask, b, s)
         embedded = self.wte(tokens) if inputs_embeds is None else inputs_embeds
         x = self.drop(embedded + self.wpe(positions))
@@ -128,6 +132,18 @@ class Decoder(torch.nn.Module):
                 torch.nn.init.zeros_(module.bias)
         elif isinstance(module, LayerNorm):
             module.reset_parameters()
+
+    def _check_cache(self, cache: Memory, inputs_embeds: Tensor | None) -> None:
+        """Before anything is stored: a layer that rejects the call cannot undo those below it."""
+        weight = self.wte.weight
+        check_cache(cache, self.config, weight.dtype, weight.device.type)
+        if not isinstance(cache, KVCache) or not torch.is_grad_enabled():
+            return
+        parts = (self.wte, self.wpe, self.h)
+        if (inputs_embeds is not None and inputs_embeds.requires_grad) or any(
+            parameter.requires_grad for part in parts for parameter in part.parameters()
+        ):
+            raise ValueError(NO_GRADIENT)
 
     def _check_input_ids(self, input_ids: Tensor) -> None:
         check_tensor("input_ids", input_ids)
@@ -199,8 +215,10 @@ class GPT(Decoder):
         Raises:
             ValueError: a token id or label outside the vocabulary (checked on CPU tensors, and on
                 others with FASTGPT_CHECK=1), more than n_positions tokens, a shape that does not
-                fit, a full cache, or return_logits=False without labels.
-            TypeError: input_ids or labels are not integers, or attention_mask is a float.
+                fit, a cache that is full, made for another config or asked for gradients, or
+                return_logits=False without labels.
+            TypeError: input_ids or labels are not integers, attention_mask is a float, or cache is
+                no cache or of another dtype.
         """
         if labels is None and not return_logits:
             raise ValueError("return_logits: expected True without labels, got False")
@@ -241,7 +259,8 @@ class GPT(Decoder):
         Its dtype is that in which the model attends: the autocast dtype inside autocast.
 
         Raises:
-            ValueError: capacity is not in [1, n_positions].
+            ValueError: batch < 1, or capacity is not in [1, n_positions].
+            TypeError: batch or capacity is no int.
         """
         weight = self.wte.weight
         device = weight.device

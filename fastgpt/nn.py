@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 
 from fastgpt import dispatch
 from fastgpt import functional as F
 from fastgpt.cache import LayerMemory, visible_keys
 from fastgpt.config import GPTConfig
+from fastgpt.ops._checks import check_float, check_shape, check_tensor
 
 __all__ = [
     "MLP",
@@ -99,8 +101,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         Raises:
             ValueError: query has neither 2 nor 3 dimensions, or a shape does not fit.
-            TypeError: a mask is neither bool nor float.
+            TypeError: an input is no float tensor, or a mask neither bool nor float.
         """
+        self._check(query, key, value, key_padding_mask, attn_mask)
         reason = self._why_torch(query, key, value, need_weights)
         if reason is not None:
             dispatch.report_fallback("multihead_attention", reason)
@@ -114,17 +117,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 average_attn_weights=average_attn_weights,
                 is_causal=is_causal,
             )
-        if query.dim() not in (2, 3):
-            raise ValueError(f"query: expected 2 or 3 dimensions, got shape {tuple(query.shape)}")
-        for name, tensor in (("key", key), ("value", value)):
-            if tensor.dim() != query.dim():
-                raise ValueError(
-                    f"{name}: expected {query.dim()} dimensions as query, "
-                    f"got shape {tuple(tensor.shape)}"
-                )
-        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-                raise TypeError(f"{name}: expected dtype bool or a float, got {mask.dtype}")
         batch_dim = None if query.dim() == 2 else 0 if self.batch_first else 1
         q, k, v = self._heads(query, key, value, batch_dim)
         if key_padding_mask is not None and batch_dim is None:
@@ -134,7 +126,57 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out = torch_functional.linear(out, self.out_proj.weight, self.out_proj.bias)
         if batch_dim is None:
             return out.squeeze(0), None
-        return (out if self.batch_first else out.transpose(0, 1)), None
+        return (out if self.batch_first else out.transpose(0, 1).contiguous()), None
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> None:
+        """ValueError or TypeError as `forward`; the shapes of nested tensors are torch's matter."""
+        inputs = (("query", query), ("key", key), ("value", value))
+        for name, tensor in inputs:
+            check_tensor(name, tensor)
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is None:
+                continue
+            check_tensor(name, mask)
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise TypeError(f"{name}: expected dtype bool or a float, got {mask.dtype}")
+        if any(tensor.is_nested for _, tensor in inputs):
+            return
+        rank = query.dim()
+        if rank not in (2, 3):
+            raise ValueError(f"query: expected 2 or 3 dimensions, got shape {tuple(query.shape)}")
+        for name, tensor in inputs:
+            check_float(name, tensor)
+            if tensor.dim() != rank:
+                raise ValueError(
+                    f"{name}: expected {rank} dimensions as query, got shape {tuple(tensor.shape)}"
+                )
+        at = 1 if rank == 3 and self.batch_first else 0
+        sq, sk = query.shape[at], key.shape[at]
+        batch = () if rank == 2 else (query.shape[1 - at],)
+        lead = "" if rank == 2 else "n, "
+        for name, tensor, length, width, axes in (
+            ("query", query, sq, self.embed_dim, "l"),
+            ("key", key, sk, self.kdim, "s"),
+            ("value", value, sk, self.vdim, "s"),
+        ):
+            if at == 1:
+                check_shape(name, tensor, (*batch, length, width), f"(n, {axes}, e)")
+            else:
+                check_shape(name, tensor, (length, *batch, width), f"({axes}, {lead}e)")
+        if key_padding_mask is not None:
+            check_shape("key_padding_mask", key_padding_mask, (*batch, sk), f"({lead}s)")
+        if attn_mask is not None and attn_mask.dim() == 3:
+            heads = self.num_heads * (query.shape[1 - at] if rank == 3 else 1)
+            check_shape("attn_mask", attn_mask, (heads, sq, sk), "(n * h, l, s)")
+        elif attn_mask is not None:
+            check_shape("attn_mask", attn_mask, (sq, sk), "(l, s)")
 
     def _why_torch(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool
@@ -254,7 +296,7 @@ class CausalSelfAttention(torch.nn.Module):
 
         Raises:
             ValueError: a shape does not fit, or the cache is full.
-            TypeError: attention_mask is a float tensor.
+            TypeError: x is no float tensor, or attention_mask is one.
         """
         check_hidden(x, self.n_embd)
         b, s, _ = x.shape
@@ -304,6 +346,7 @@ class MLP(torch.nn.Module):
 
         Raises:
             ValueError: x is not (b, s, n_embd).
+            TypeError: x is no float tensor.
         """
         check_hidden(x, self.n_embd)
         if type(self.c_fc) is torch.nn.Linear and not _is_watched(self.c_fc):
@@ -354,17 +397,23 @@ def add_norm(x: Tensor, residual: Tensor, norm: torch.nn.Module) -> tuple[Tensor
 
 
 def _is_watched(module: torch.nn.Module) -> bool:
-    """Whether calling the module does more than its forward: hooks, or a forward of its own."""
+    """Whether calling the module does more than its forward: hooks, its own or those of every
+    module, or a forward of its own."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
         or "forward" in module.__dict__
     )
 
 
 def check_hidden(x: Tensor, n_embd: int, *, name: str = "x") -> None:
-    """ValueError unless x is (b, s, n_embd)."""
+    """ValueError or TypeError unless x is (b, s, n_embd), float."""
+    check_float(name, x)
     if x.dim() != 3 or x.shape[2] != n_embd:
         raise ValueError(f"{name}: expected shape (b, s, {n_embd}), got {tuple(x.shape)}")

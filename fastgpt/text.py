@@ -102,13 +102,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that lies beside a model; ValueError if the folder has none."""
+    """The tokenizer that lies beside a model; ValueError if the folder has none that serves."""
     from tokenizers import Tokenizer
 
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: expected a tokenizer in {TOKENIZER_FILE}, found none")
-    return Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower one
+        raise ValueError(f"{path}: expected a tokenizer, got: {error}") from None
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise ValueError(f"{path}: expected a tokenizer with the token {END_OF_TEXT}, found none")
+    return tokenizer
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> Tensor:
@@ -126,7 +132,7 @@ def check_length(name: str, tokens: Tensor, context: int) -> None:
     if tokens.numel() <= context:
         raise ValueError(
             f"--text: too small, the {name} part has {tokens.numel()} tokens and a context of "
-            f"{context} needs at least {context + 1}; add text or lower the context"
+            f"{context} needs at least {context + 1}; add text"
         )
 
 

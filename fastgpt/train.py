@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,32 @@ from torch import Tensor, nn
 
 from fastgpt.config import GPTConfig
 from fastgpt.model import GPT
+from fastgpt.ops._checks import check_number
 from fastgpt.text import TOKENIZER_FILE, check_length, even_batches, random_batch
 
 STATE_FILE = "trainer.pt"
 HISTORY_FILE = "history.json"
 
+_LEAST = {
+    "steps": 1,
+    "batch": 1,
+    "context": 2,
+    "warmup": 0,
+    "seed": -(2**63),
+    "eval_every": 1,
+    "eval_batches": 1,
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What the loop needs to know besides the model and the tokens."""
+    """What the loop needs to know besides the model and the tokens.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names it.
+        TypeError: a field has the wrong type.
+    """
 
     steps: int = 200
     batch: int = 4
@@ -40,11 +57,28 @@ class TrainOptions:
     """bfloat16 or float16: the forward runs under autocast; weights stay float32."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "context", "eval_every", "eval_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate: expected more than 0, got {self.learning_rate}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int >= {least}, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name}: expected an int >= {least}, got {value}")
+        if self.seed >= 2**64:
+            raise ValueError(f"seed: expected an int < 2**64, got {self.seed}")
+        for name in ("learning_rate", "weight_decay", "clip"):
+            check_number(name, getattr(self, name))
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"learning_rate: expected a finite number > 0, got {self.learning_rate}"
+            )
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay: expected a finite number >= 0, got {self.weight_decay}"
+            )
+        if not self.clip > 0.0:
+            raise ValueError(f"clip: expected a number > 0, got {self.clip}")
+        if self.dtype not in _DTYPES:
+            raise TypeError(f"dtype: expected one of {_DTYPES}, got {self.dtype!r}")
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up to the peak, then half a cosine down to a tenth of it."""
@@ -62,6 +96,67 @@ class Progress:
     loss: float
     held_out: float | None
     tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What `Trainer.save` wrote into a folder beside the model and its tokenizer."""
+
+    step: int
+    options: TrainOptions
+    texts: tuple[Path, ...]
+    """What the tokens were read from; none: Python's own library."""
+    optimizer: dict[str, Any]
+    generator: Tensor
+    history: list[dict[str, float]]
+
+    @classmethod
+    def load(cls, folder: Path) -> SavedRun:
+        """The run in `folder`; ValueError if it was not written by `Trainer.save`."""
+        path = folder / STATE_FILE
+        if not path.is_file():
+            raise ValueError(f"--resume: {folder} has no {STATE_FILE}; it was not written by train")
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch.load documents none
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{path}: expected the state of a run, got: {reason}") from None
+        kinds = {
+            "step": int,
+            "options": dict,
+            "texts": list,
+            "optimizer": dict,
+            "generator": Tensor,
+        }
+        if not isinstance(state, dict):
+            raise ValueError(f"{path}: expected a dict, got {type(state).__name__}")
+        wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+        if wrong:
+            raise ValueError(
+                f"{path}: expected the state of a run, got no valid {', '.join(wrong)}"
+            )
+        try:
+            options = TrainOptions(**state["options"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        return cls(
+            state["step"],
+            options,
+            tuple(Path(text) for text in state["texts"]),
+            state["optimizer"],
+            state["generator"],
+            _load_history(folder / HISTORY_FILE),
+        )
+
+
+def _load_history(path: Path) -> list[dict[str, float]]:
+    try:
+        history = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected the losses of a run, got: {error}") from None
+    if not isinstance(history, list):
+        raise ValueError(f"{path}: expected a list of losses, got {type(history).__name__}")
+    return history
 
 
 def adamw(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
@@ -172,7 +267,7 @@ class Trainer:
         self.history.append(entry)
         report(Progress(self.step, loss, held_out, speed))
 
-    def save(self, folder: Path, tokenizer: Any) -> None:
+    def save(self, folder: Path, tokenizer: Any, texts: Sequence[Path] = ()) -> None:
         """Write the model, its tokenizer, the history, and what `resume` needs."""
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
@@ -182,20 +277,17 @@ class Trainer:
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            "options": {k: v for k, v in asdict(self.options).items() if k != "dtype"},
+            "options": asdict(self.options),
+            "texts": [str(path.resolve()) for path in texts],
         }
         torch.save(state, folder / STATE_FILE)
 
-    def resume(self, folder: Path) -> None:
-        """Continue the run whose model was loaded from `folder`: optimizer, draws, step."""
-        path = folder / STATE_FILE
-        if not path.is_file():
-            raise ValueError(f"--resume: {folder} has no {STATE_FILE}; it was not written by train")
-        state = torch.load(path, weights_only=True, map_location=self.device)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"].cpu())
-        self.step = state["step"]
-        self.history = json.loads((folder / HISTORY_FILE).read_text())
+    def resume(self, saved: SavedRun) -> None:
+        """Continue the run whose model this is: optimizer, draws, step."""
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.generator.set_state(saved.generator)
+        self.step = saved.step
+        self.history = list(saved.history)
 
 
 def small_config(vocab_size: int, context: int) -> GPTConfig:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import figures, machine, measure, plot
+from benchmarks.__main__ import main as bench
 from benchmarks.measure import Case, Counts, Draw, History, Op, prepare
 from benchmarks.peer import COMPILING, Absent, always
 from benchmarks.shapes import Attention, Decode, Documents, Projection, Rows, Scores
@@ -382,6 +383,44 @@ def test_a_run_of_pytest_writes_such_a_file(tmp_path: Path) -> None:
     assert str(ROOT) not in text
     known = {"device", "threads", "fastgpt", "torch", "copy_gb_per_s", "matmul_tflop_per_s"}
     assert set(measured) == known  # and no name of the host
+
+
+@pytest.mark.parametrize("name", ["nope", "meta", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench(["--device", name])
+    assert "error: --device: " in capsys.readouterr().err
+
+
+def test_help_of_the_benchmarks_is_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        bench(["--help"])
+    assert "go to pytest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("{", "expected JSON, got: "),
+        ("[]", "expected the benchmarks.json of a run"),
+        ('{"limits": 1}', "expected the benchmarks.json of a run"),
+    ],
+    ids=["missing", "broken", "list", "other"],
+)
+def test_a_file_that_cannot_be_plotted_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
+) -> None:
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        plot.main([str(path)])
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert message in error
 
 
 def test_a_whole_model_is_measured_before_and_after() -> None:

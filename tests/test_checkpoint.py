@@ -72,6 +72,25 @@ def test_dtype_is_kept_or_converted(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", ["float16", torch.int64])
+def test_wrong_dtype_is_named(tmp_path, dtype):
+    small().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=f"dtype: expected None or one of torch.float32.*{dtype}"):
+        GPT.from_pretrained(tmp_path, dtype=dtype)
+
+
+def test_a_tie_that_was_cut_is_not_lost_silently(tmp_path):
+    model = small()
+    model.lm_head.weight = torch.nn.Parameter(model.wte.weight.detach().clone())
+    model.save_pretrained(tmp_path / "equal")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    with pytest.raises(ValueError, match=r"lm_head.weight: expected wte.weight, .*tie_weights"):
+        model.save_pretrained(tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "cut")
+
+
 def test_missing_misshapen_and_unexpected_tensors_are_listed_together(tmp_path):
     small().save_pretrained(tmp_path)
 
@@ -264,6 +283,11 @@ def test_hugging_face_gpt_neo_layout(tmp_path):
         ({**GPT2, "n_inner": 100}, "n_inner: only 96 is supported, got 100"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({**GPT2, "add_cross_attention": True}, "add_cross_attention: only False"),
+        (
+            {**GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.3, "attn_pdrop": 0.5},
+            "expected one rate for all, .* resid_pdrop = 0.0, embd_pdrop = 0.3, attn_pdrop = 0.5",
+        ),
+        ({**NEO, "attention_dropout": 0.2}, "embed_dropout = 0.0, attention_dropout = 0.2"),
         ({**NEO, "attention_types": [[["global"], 2]]}, "expected num_layers = 4 names, got 2"),
         ({**NEO, "attention_types": [[["sparse"], 4]]}, "expected global and local, got sparse"),
         ({**NEO, "intermediate_size": 100}, "intermediate_size: only 96"),

@@ -54,6 +54,8 @@ def test_preset_takes_changes():
 def test_unknown_preset_lists_those_there_are():
     with pytest.raises(ValueError, match=r"gpt3-175b, got 'gpt4'"):
         GPTConfig.preset("gpt4")
+    with pytest.raises(TypeError, match=r"name: expected one of gpt1, .*, got \[\]"):
+        GPTConfig.preset([])
 
 
 def test_pattern_repeats_over_the_depth():
@@ -61,6 +63,9 @@ def test_pattern_repeats_over_the_depth():
     assert [config.window_of(layer) for layer in range(3)] == [2, None, 2]
     for layer in (-1, 3):
         with pytest.raises(ValueError, match=f"layer: expected 0 to 2, got {layer}"):
+            config.window_of(layer)
+    for layer in (0.5, "a", True):
+        with pytest.raises(TypeError, match=f"layer: expected an int from 0 to 2, got {layer!r}"):
             config.window_of(layer)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from fastgpt import GPT, GPTConfig
 from fastgpt.demo import DemoOptions, run
 from fastgpt.peer import TorchGPT
 from fastgpt.text import encode, load_tokenizer, read_corpus
-from fastgpt.train import Trainer, TrainOptions
+from fastgpt.train import STATE_FILE, SavedRun, Trainer, TrainOptions
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +95,17 @@ def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
     whole = Trainer(start(), *tokens, options, "cpu")
 
     def stop() -> None:
-        whole.save(tmp_path, tokenizer)
+        whole.save(tmp_path, tokenizer, [Path("texts")])
         if whole.step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         whole.run(lambda _: None, save=stop)
     resumed = Trainer(GPT.from_pretrained(tmp_path), *tokens, options, "cpu")
-    resumed.resume(tmp_path)
+    saved = SavedRun.load(tmp_path)
+    assert saved.options == options
+    assert saved.texts == (Path("texts").resolve(),)
+    resumed.resume(saved)
     assert resumed.step == 3
     whole.run(lambda _: None)
     resumed.run(lambda _: None)
@@ -109,14 +114,59 @@ def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
-def test_bad_options_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
-        TrainOptions(steps=0)
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("steps", 0, ValueError),
+        ("steps", 1.5, TypeError),
+        ("batch", True, TypeError),
+        ("context", 1, ValueError),
+        ("learning_rate", 0.0, ValueError),
+        ("learning_rate", math.nan, ValueError),
+        ("learning_rate", math.inf, ValueError),
+        ("learning_rate", "1", TypeError),
+        ("warmup", -3, ValueError),
+        ("weight_decay", -0.1, ValueError),
+        ("weight_decay", math.inf, ValueError),
+        ("clip", -1.0, ValueError),
+        ("clip", math.nan, ValueError),
+        ("seed", None, TypeError),
+        ("seed", 2**64, ValueError),
+        ("dtype", torch.int8, TypeError),
+    ],
+)
+def test_bad_options_are_named(name: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"^{name}: expected .* got "):
+        TrainOptions(**{name: value})
+
+
+def test_options_at_their_bounds() -> None:
+    TrainOptions(steps=1, context=2, warmup=0, weight_decay=0, clip=math.inf, seed=2**64 - 1)
+
+
+def test_too_few_tokens_are_counted() -> None:
     small = torch.arange(10)
     model = GPT(GPTConfig(300, 32, 1, 32, 2))
     with pytest.raises(ValueError, match="the training part has 10 tokens"):
         Trainer(model, small, small, TrainOptions(context=32), "cpu")
-    enough = torch.arange(40)
-    trainer = Trainer(model, enough, enough, TrainOptions(context=32), "cpu")
+
+
+def test_a_run_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no trainer\.pt"):
-        trainer.resume(tmp_path)
+        SavedRun.load(tmp_path)
+    file = tmp_path / STATE_FILE
+    for content in (b"", b"no state"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"trainer\.pt: expected the state of a run, got: \S"):
+            SavedRun.load(tmp_path)
+    state = {"step": 1, "options": {}, "texts": [], "optimizer": {}, "generator": torch.ones(1)}
+    for name in state:
+        torch.save({key: value for key, value in state.items() if key != name}, file)
+        with pytest.raises(ValueError, match=rf"trainer\.pt: .* got no valid {name}$"):
+            SavedRun.load(tmp_path)
+    torch.save({**state, "options": {"steps": 0}}, file)
+    with pytest.raises(ValueError, match=r"trainer\.pt: steps: expected"):
+        SavedRun.load(tmp_path)
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"history\.json: expected the losses of a run"):
+        SavedRun.load(tmp_path)

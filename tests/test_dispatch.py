@@ -209,6 +209,18 @@ def test_explain_raises_what_the_call_would() -> None:
         fastgpt.explain(F.attention, Q, Q, Q, window=0)
 
 
+def test_explain_of_what_is_compiled() -> None:
+    x = torch.randn(3, 8)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return F.softmax(F.layer_norm(x, 8))
+
+    compiled = torch.compile(function, backend="eager")
+    compiled(x)
+    assert str(fastgpt.explain(compiled, x)) == str(fastgpt.explain(function, x)) != ""
+    assert str(fastgpt.explain(torch.compile(F.softmax), x)) == str(fastgpt.explain(F.softmax, x))
+
+
 def test_explain_lists_every_op_of_a_function() -> None:
     def block(x):
         return F.softmax(F.layer_norm(x, 8))

@@ -134,12 +134,89 @@ def test_full_cache_says_so_and_stays_as_it_was():
         model(prompt(), cache=model.new_cache(2))
 
 
+def padded(b=2, s=10):
+    mask = torch.ones(b, s, dtype=torch.int64)
+    mask[0, :4] = 0
+    return mask
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 10, dtype=torch.int64)], ids=["none", "ones"])
+def test_a_rejected_call_leaves_no_padding_behind(mask):
+    model, tokens = small(), prompt(2, 10)
+    cache = model.new_cache(2)
+    with pytest.raises(ValueError, match="cache: it has no gradient"):
+        model(tokens, padded(), cache=cache)
+    hook = model.h[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with torch.no_grad():
+        with pytest.raises(ZeroDivisionError):
+            model(tokens, padded(), cache=cache)
+        hook.remove()
+        assert cache.start is None
+        assert cache.length == 0
+        torch.testing.assert_close(model(tokens, mask, cache=cache).logits, model(tokens).logits)
+        assert cache.start is None
+
+
+def test_a_call_that_needs_gradients_anywhere_stores_nothing():
+    """A ring of a lower layer would have lost its oldest keys before an upper layer objects."""
+    model, tokens = small().requires_grad_(False), prompt(2, 12)
+    cache = model.new_cache(2)
+    model(tokens[:, :8], cache=cache)
+    model.h[3].requires_grad_(True)
+    with pytest.raises(ValueError, match="cache: it has no gradient"):
+        model(tokens[:, 8:], cache=cache)
+    with torch.no_grad():
+        got = model(tokens[:, 8:], cache=cache).logits
+        torch.testing.assert_close(got, model(tokens).logits[:, 8:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"attention_pattern": ("dense",)},
+            r"windows = \(None, 6, None, 6\), got one for \(None, N",
+        ),
+        ({"n_layer": 3}, "n_layer = 4, got one for 3"),
+        ({"n_head": 2}, "n_head = 3, got one for 2"),
+        ({"head_dim": 5}, "d_head = 8, got one for 5"),
+        ({"n_positions": 30}, "n_positions = 40, got one for 30"),
+    ],
+)
+@torch.no_grad()
+def test_cache_of_another_config_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"cache: expected one for {message}"):
+        small()(prompt(), cache=KVCache(GPTConfig(**{**SMALL, **changes}), 2))
+
+
+@torch.no_grad()
+def test_cache_of_another_dtype_or_kind_is_refused():
+    model = small()
+    for wrong in (model.bfloat16().new_cache(2), model.double().new_cache(2)):
+        with pytest.raises(TypeError, match=r"cache: expected dtype torch.float32 as the model"):
+            model.float()(prompt(), cache=wrong)
+    with pytest.raises(TypeError, match=r"cache: expected a KVCache, .* got int"):
+        model(prompt(), cache=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which casts between the two
+        model(prompt(), cache=KVCache(model.config, 2))
+    twin = KVCache(GPTConfig(**{**SMALL, "dropout": 0.5}), 2)
+    assert torch.equal(model(prompt(), cache=twin).logits, model(prompt()).logits)
+
+
 def test_cache_arguments_are_checked():
     config = GPTConfig(**SMALL)
     with pytest.raises(ValueError, match="capacity: expected 1 to n_positions = 40, got 41"):
         KVCache(config, 1, 41)
     with pytest.raises(ValueError, match="batch: expected an int >= 1, got 0"):
         KVCache(config, 0)
+    with pytest.raises(TypeError, match=r"batch: expected an int >= 1, got 2.0"):
+        small().new_cache(2.0)
+    with pytest.raises(
+        TypeError, match="capacity: expected an int from 1 to n_positions = 40, got '8'"
+    ):
+        small().new_cache(2, "8")
+    with pytest.raises(TypeError, match="config: expected a GPTConfig, got dict"):
+        KVCache(SMALL, 1)
 
 
 @torch.no_grad()
@@ -213,6 +290,9 @@ def test_sample_draws_from_the_shaped_distribution():
         ({"top_k": 9}, [0.5, 0.3, 0.15, 0.05]),
         ({"top_p": 0.7}, [0.625, 0.375, 0, 0]),
         ({"top_p": 0.05}, [1, 0, 0, 0]),
+        ({"top_p": 1e-300}, [1, 0, 0, 0]),
+        ({"temperature": 1e-45}, [1, 0, 0, 0]),
+        ({"temperature": 1e-300}, [1, 0, 0, 0]),
         ({"top_p": 1.0}, [0.5, 0.3, 0.15, 0.05]),
         ({"top_k": 3, "top_p": 0.6}, [0.625, 0.375, 0, 0]),
         ({"temperature": 0.5}, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
@@ -232,6 +312,10 @@ def test_sample_draws_from_the_shaped_distribution():
         ({"temperature": 0.0}, ValueError, "temperature: expected a number > 0, got 0.0"),
         ({"temperature": float("nan")}, ValueError, "temperature"),
         ({"temperature": "hot"}, TypeError, "temperature: expected a number, got 'hot'"),
+        ({"temperature": True}, TypeError, "temperature: expected a number, got True"),
+        ({"do_sample": "no"}, TypeError, "do_sample: expected a bool, got 'no'"),
+        ({"generator": 3}, TypeError, "generator: expected None or a torch.Generator, got 3"),
+        ({"on_token": 3}, TypeError, "on_token: expected None or a function, got 3"),
         ({"top_p": "all"}, TypeError, "top_p: expected a number, got 'all'"),
         ({"input_ids": [[1]]}, TypeError, "input_ids: expected a torch.Tensor, got list"),
         ({"top_k": 0}, ValueError, "top_k: expected an int >= 1, got 0"),
@@ -248,3 +332,12 @@ def test_sample_draws_from_the_shaped_distribution():
 def test_wrong_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         small().generate(**{"input_ids": prompt(), "max_new_tokens": 3, **arguments})
+
+
+def test_sample_checks_its_own_arguments():
+    with pytest.raises(TypeError, match="temperature: expected a number, got True"):
+        sample(torch.zeros(1, 4), temperature=True)
+    with pytest.raises(TypeError, match=r"generator: expected None or a torch.Generator"):
+        sample(torch.zeros(1, 4), generator=3)
+    banned = torch.tensor([[0.0, float("-inf")]])
+    assert sample(banned, temperature=1e300).tolist() == [0]

@@ -223,6 +223,11 @@ def test_wrong_input_is_named(arguments, error, message):
         small()(**{"input_ids": ids(), **arguments})
 
 
+def test_a_model_needs_a_config():
+    with pytest.raises(TypeError, match="config: expected a GPTConfig, got dict"):
+        GPT({})
+
+
 def test_int32_ids_are_ids():
     model = small()
     assert torch.equal(model(ids().int()).logits, model(ids()).logits)

@@ -200,6 +200,44 @@ def test_multihead_attention_rejects_what_it_cannot_read():
         ours(x, x, x, need_weights=False, attn_mask=torch.ones(S, S, dtype=torch.int64))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"attn_mask": torch.ones(L, S - 1).bool()},
+            ValueError,
+            r"attn_mask: .*\(l, s\) = \(5, 7\)",
+        ),
+        ({"attn_mask": torch.zeros(1, S)}, ValueError, r"attn_mask: .*got \(1, 7\)"),
+        ({"attn_mask": torch.zeros(S)}, ValueError, "attn_mask: expected shape"),
+        ({"attn_mask": torch.zeros(1, 1, L, S)}, ValueError, "attn_mask: expected shape"),
+        ({"attn_mask": torch.zeros(7, L, S)}, ValueError, r"attn_mask: .* = \(6, 5, 7\)"),
+        ({"attn_mask": [[True]]}, TypeError, "attn_mask: expected a torch.Tensor, got list"),
+        ({"key_padding_mask": torch.zeros(N, L)}, ValueError, r"key_padding_mask: .*\(n, s\)"),
+        ({"query": torch.zeros(L, N, E + 1)}, ValueError, r"query: .*\(l, n, e\) = \(5, 2, 12\)"),
+        ({"query": torch.zeros(L, N, E).int()}, TypeError, "query: expected dtype"),
+        ({"query": None}, TypeError, "query: expected a torch.Tensor, got NoneType"),
+        ({"key": torch.zeros(S, N + 1, E)}, ValueError, r"key: .*\(s, n, e\) = \(7, 2, 12\)"),
+        ({"value": torch.zeros(S + 1, N, E)}, ValueError, r"value: .*\(7, 2, 12\), got \(8"),
+    ],
+)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_attention_names_what_does_not_fit(arguments, error, message, need_weights):
+    ours, _ = mha_pair()
+    inputs = {"query": torch.zeros(L, N, E), "key": torch.zeros(S, N, E)}
+    inputs["value"] = inputs["key"]
+    with pytest.raises(error, match=message):
+        ours(**{**inputs, **arguments}, need_weights=need_weights)
+
+
+def test_multihead_attention_has_torchs_strides():
+    for x in (torch.randn(S, N, E), torch.randn(S, E)):
+        ours, theirs = mha_pair()
+        got, want = (f(x, x, x, need_weights=False)[0] for f in (ours, theirs))
+        assert got.stride() == want.stride()
+        assert got.is_contiguous()
+
+
 def plain_attention(module, x, visible, scale):
     """The formula, with the scores held: x (b, s, c), visible bool (b | 1, s, s)."""
     b, s, _ = x.shape
@@ -322,6 +360,10 @@ def test_wrong_input_is_named():
         for module in (block, block.attn, block.mlp):
             with pytest.raises(ValueError, match=r"x: expected shape \(b, s, 24\), got"):
                 module(wrong)
+    for wrong, got in ((None, "NoneType"), ([1], "list"), (x.int(), "torch.int32")):
+        for module in (block, block.attn, block.mlp):
+            with pytest.raises(TypeError, match=f"x: expected .* got {got}"):
+                module(wrong)
     with pytest.raises(
         ValueError, match=r"attention_mask: expected shape .* \(2, 9\), got \(2, 8\)"
     ):
@@ -398,3 +440,28 @@ def test_hooks_of_every_layer_are_called(norm: str) -> None:
     assert {"ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"} <= set(called)
     block.ln_2.register_forward_hook(lambda module, args, out: 0 * out)
     assert not torch.equal(block(x), want)
+
+
+GLOBAL_HOOKS = {
+    "register_module_forward_hook": lambda module, args, out: SEEN.add(module),
+    "register_module_forward_pre_hook": lambda module, args: SEEN.add(module),
+    "register_module_full_backward_hook": lambda module, grads, out: SEEN.add(module),
+    "register_module_full_backward_pre_hook": lambda module, grads: SEEN.add(module),
+}
+SEEN: set[torch.nn.Module] = set()
+
+
+@pytest.mark.parametrize("kind", GLOBAL_HOOKS)
+def test_hooks_of_every_module_see_the_fused_layers(kind: str) -> None:
+    layer = torch.nn.TransformerEncoderLayer(24, 3, 24, dropout=0.0, batch_first=True)
+    fastgpt.replace_layers(layer)
+    block = nn.DecoderBlock(CONFIG, 0)
+    SEEN.clear()
+    handle = getattr(torch.nn.modules.module, kind)(
+        lambda *args: GLOBAL_HOOKS[kind](*args)  # which returns nothing that replaces anything
+    )
+    try:
+        layer(block(torch.randn(2, 5, 24, requires_grad=True))).sum().backward()
+    finally:
+        handle.remove()
+    assert {block.ln_2, block.mlp.c_fc, layer.norm1, layer.norm2} <= SEEN

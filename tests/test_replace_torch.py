@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -110,6 +112,18 @@ def test_decoder() -> None:
         same(model, own, x, memory, **options)
         same(model, own, x, memory, memory_key_padding_mask=padding())
         assert isinstance(model.layers[0], torch_nn.TransformerDecoderLayer)
+
+
+def test_the_result_can_be_viewed_as_torchs() -> None:
+    own = torch.nn.MultiheadAttention(E, H)
+    x = torch.randn(S, N, E)
+    for model in (own, replaced(own)):
+        assert model(x, x, x, need_weights=False)[0].view(-1, E).shape == (S * N, E)
+
+
+def test_kernels_hub_is_reached_by_its_name() -> None:
+    code = "import fastgpt; assert fastgpt.integrate.kernels_hub.REPOSITORY.is_dir()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_whole_transformer() -> None:

@@ -94,3 +94,14 @@ def test_too_little_text_says_how_much_is_needed() -> None:
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a tokenizer in tokenizer\.json"):
         corpus.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_does_not_serve(tmp_path: Path) -> None:
+    file = tmp_path / corpus.TOKENIZER_FILE
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizer, got: "):
+        corpus.load_tokenizer(tmp_path)
+    corpus.train_tokenizer(["some text"], 300).save(str(file))
+    file.write_text(file.read_text().replace(corpus.END_OF_TEXT, "<|other|>"))
+    with pytest.raises(ValueError, match=r"with the token <\|endoftext\|>, found none"):
+        corpus.load_tokenizer(tmp_path)
