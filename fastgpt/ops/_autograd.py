@@ -33,7 +33,7 @@ def record(function: type[torch.autograd.Function], *args: Any) -> Any:
     The wrapper serves functorch's transforms and costs half of what recording a tiny call costs.
     """
     if torch.compiler.is_compiling():
-        return function.apply(*args)
+        return function.apply(*_distinct(args))
     if torch._C._are_functorch_transforms_active():
         op = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", function.__name__.strip("_")).lower()
         raise RuntimeError(
@@ -43,16 +43,14 @@ def record(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
-def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The same tensors, each its own object: torch.compile refuses an autograd.Function that gets
-    one tensor twice, as attention(x, x, x) does."""
-    if not torch.compiler.is_compiling():
-        return tensors
-    seen: list[Tensor | None] = []
-    for tensor in tensors:
-        again = tensor is not None and any(tensor is s for s in seen)
-        seen.append(tensor.view_as(tensor) if tensor is not None and again else tensor)
-    return tuple(seen)
+def _distinct(args: tuple[Any, ...]) -> list[Any]:
+    """`args`, each tensor an object of its own: torch.compile refuses an autograd.Function that
+    gets one twice, as in attention(x, x, x)."""
+    seen: list[Any] = []
+    for arg in args:
+        again = isinstance(arg, Tensor) and any(arg is other for other in seen)
+        seen.append(arg.view_as(arg) if again else arg)
+    return seen
 
 
 _NOTHING = contextlib.nullcontext()

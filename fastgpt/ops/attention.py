@@ -16,7 +16,7 @@ from fastgpt.ops._attention_checks import (
     check_scale,
     empty_token_major,
 )
-from fastgpt.ops._autograd import distinct, needs_grad, once, record, without_grad
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     check_flag,
     check_float,
@@ -175,7 +175,10 @@ def run_attention(
         return record(
             _Attention,
             backend,
-            *distinct(q, k, v, bias),
+            q,
+            k,
+            v,
+            bias,
             key_padding_mask,
             mask,
             alibi_slopes,

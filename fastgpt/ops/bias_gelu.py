@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import bias_gelu as reference
-from fastgpt.ops._autograd import distinct, needs_grad, once, record, without_grad
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import check_float, check_parameter, statistics_dtype
 from fastgpt.ops._library import define
 from fastgpt.ops._rows import from_rows, rows_for
@@ -46,7 +46,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     if backend == "reference":
         y = reference.bias_gelu_fwd(rows, bias, tanh)
     elif needs_grad(x, bias):
-        y = record(_BiasGelu, backend, *distinct(rows, bias), tanh)
+        y = record(_BiasGelu, backend, rows, bias, tanh)
     else:
         y = dispatch.kernel("bias_gelu", backend, "bias_gelu_fwd")(rows, bias, tanh)
     return from_rows(y, x)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import layer_norm as reference
-from fastgpt.ops._autograd import distinct, needs_grad, once, record, without_grad
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     autocast_dtype,
     check_float,
@@ -60,7 +60,7 @@ def layer_norm(
     if backend == "reference":
         y = reference.layer_norm_fwd(x, w, b, eps, float_out)[0]
     elif needs_grad(input, weight, bias):
-        y = record(_LayerNorm, backend, *distinct(x, w, b), eps, float_out)
+        y = record(_LayerNorm, backend, x, w, b, eps, float_out)
     else:
         y = dispatch.kernel("layer_norm", backend, "layer_norm_fwd")(x, w, b, eps, float_out)[0]
     return from_rows(y, input)
@@ -106,8 +106,7 @@ def add_layer_norm(
     if backend == "reference":
         y, s = reference.add_layer_norm_fwd(rows, residual_rows, w, b, eps, float_out)[:2]
     elif needs_grad(x, residual, weight, bias):
-        inputs = distinct(rows, residual_rows, w, b)
-        y, s = record(_AddLayerNorm, backend, *inputs, eps, float_out)
+        y, s = record(_AddLayerNorm, backend, rows, residual_rows, w, b, eps, float_out)
     else:
         run = dispatch.kernel("add_layer_norm", backend, "add_layer_norm_fwd")
         y, s = run(rows, residual_rows, w, b, eps, float_out)[:2]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.backends.reference import linear_cross_entropy as reference
-from fastgpt.ops._autograd import distinct, needs_grad, once, record, without_grad
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     NARROW_DTYPES,
     autocast_dtype,
@@ -104,8 +104,7 @@ def linear_cross_entropy(
         run = reference.linear_cross_entropy_fwd
         loss = run(x, weight, linear_bias, classes, *options)[0]
     elif needs_grad(input, linear_weight, linear_bias):
-        inputs = distinct(x, weight, linear_bias)
-        loss = record(_LinearCrossEntropy, backend, *inputs, classes, *options)
+        loss = record(_LinearCrossEntropy, backend, x, weight, linear_bias, classes, *options)
     else:
         run = dispatch.kernel("linear_cross_entropy", backend, "linear_cross_entropy_fwd")
         loss = run(x, weight, linear_bias, classes, *options)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt.backends.reference import varlen_attention as reference
 from fastgpt.ops._attention_checks import cast_together, check_heads, check_scale
-from fastgpt.ops._autograd import distinct, needs_grad, once, record, without_grad
+from fastgpt.ops._autograd import needs_grad, once, record, without_grad
 from fastgpt.ops._checks import (
     check_flag,
     check_rank,
@@ -90,7 +90,7 @@ def varlen_attention(
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     options = (max_seqlen_q, max_seqlen_k, scale, causal, window)
     if backend != "reference" and needs_grad(q, k, v):
-        tensors = distinct(q, k, v, cu_seqlens_q, cu_seqlens_k)
+        tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
         return record(_VarlenAttention, backend, *tensors, *options, return_lse)
     run = reference.varlen_attention_fwd
     if backend != "reference":
