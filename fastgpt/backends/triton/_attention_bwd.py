@@ -278,10 +278,11 @@ def score_gradient(
     if DROPOUT:
         keep = kept(seed, rows, n0, y, threshold, BLOCK_M, BLOCK_N)
         dp = tl.where(keep, dp * rescale, 0.0)
+    if EDGE:  # a hidden key or value may hold NaN, and its dp may have overflowed
+        dp = tl.where(p == 0.0, 0.0, dp)
     pdp = p * dp
     ds = p * (dp - delta[:, None])
-    if EDGE:  # a hidden key or value may hold NaN, and its dp may have overflowed
-        pdp = tl.where(p == 0.0, 0.0, pdp)
+    if MASKED:  # delta may be NaN
         ds = tl.where(p == 0.0, 0.0, ds)
     return p, pdp, ds
 
