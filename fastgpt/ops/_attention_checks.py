@@ -70,7 +70,9 @@ def check_scale(scale: float | None) -> None:
     if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scale: expected None or a float, got {type(scale).__name__}")
     if type(scale) is int and abs(scale) > sys.float_info.max:
-        raise ValueError("scale: expected a number in the range of floats, got a larger int")
+        raise ValueError(
+            f"scale: expected a number in the range of floats, got {scale.bit_length()} bits"
+        )
 
 
 def broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
