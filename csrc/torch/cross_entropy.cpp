@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target,
   const std::optional<Tensor> weights = widened(weight);
   const TensorRef class_weights = view_parameter(weights, "weight", options.classes);
   require(on_device(x, target) && on_device(x, weight), "target, weight");
-  const Rows rows(x, x.size(0));
+  const RowStates rows(x, x.size(0));
   if (x.numel() != 0) {
     const CrossEntropyAbsorb p{view_input(x, "x", 2), view(target), class_weights, 0, options,
                                rows.states()};

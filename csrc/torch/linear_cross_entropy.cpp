@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd(Tensor x, Tensor wei
   require(on_device(x, weight) && on_device(x, bias) && on_device(x, target), "x");
   const Blocks blocks(x, weight, bias);
   const TensorRef targets = view(target);
-  const Rows rows(x, x.size(0));
+  const RowStates rows(x, x.size(0));
   const Tensor block = blocks.empty_block(x, ScalarType::Float);
   blocks.over_classes([&](int64_t j, int64_t classes) {
     blocks.over_rows([&](int64_t i, int64_t count) {
@@ -384,7 +384,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
   const Blocks blocks(x, weight, bias, kept);
   const TensorRef targets = view(target);
   const Tensor total = empty(x, {}, ScalarType::Float);
-  const Rows rows(x, r);
+  const RowStates rows(x, r);
   const int64_t* classes_of = static_cast<const int64_t*>(targets.data);
   *static_cast<float*>(view(total).data) = static_cast<float>(
       std::count_if(classes_of, classes_of + r, [&](int64_t t) { return t != ignore_index; }));

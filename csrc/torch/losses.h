@@ -30,9 +30,9 @@ struct CrossEntropyResult {
 };
 
 // Memory for the states of rows, where the kernels work, and for their losses: one allocation.
-class Rows {
+class RowStates {
  public:
-  Rows(const Tensor& like, int64_t r)
+  RowStates(const Tensor& like, int64_t r)
       : memory_(empty(like, {r * kBytes}, ScalarType::Byte)),
         states_(static_cast<CrossEntropyRow*>(view(memory_).data)),
         losses_(reinterpret_cast<float*>(states_ + r)) {}
