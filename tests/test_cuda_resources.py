@@ -39,10 +39,13 @@ CLAIMS: dict[str, dict[str, str]] = {
     "attention_bwd_dbias": {r"attention_bwd_dbias_kernel<\w+, b?f16, .*>": MATRICES},
     "attention_bwd_dkv": {r"attention_bwd_dkv_kernel<\w+, b?f16, .*>": MATRICES},
     "attention_bwd_dq": {r"attention_bwd_dq_kernel<\w+, b?f16, .*>": MATRICES},
-    "attention_fwd_sm90": {"attention_fwd_sm90_kernel<.*>": WARPGROUPS + " LDSM"},
+    "attention_fwd_sm90": {
+        r"attention_fwd_sm90_kernel<\w+, (64|80|96|128), \d+>": WARPGROUPS + " LDSM",
+        r"attention_fwd_sm90_kernel<\w+, 256, \d+>": WARPGROUPS,
+    },
     "attention_bwd_dkv_sm90": {"attention_bwd_dkv_sm90_kernel<.*>": WARPGROUPS},
     "attention_bwd_dq_sm90": {
-        r"attention_bwd_dq_sm90_kernel<\w+, 64>": WARPGROUPS,
+        r"attention_bwd_dq_sm90_kernel<\w+, (64|256)>": WARPGROUPS,
         r"attention_bwd_dq_sm90_kernel<\w+, (80|96|128)>": WARPGROUPS + " LDSM",
     },
     "bias_gelu": {"bias_gelu_(fwd|bwd)_kernel" + PACKS: "LDG.128 STG.128"},
@@ -74,23 +77,24 @@ alternatives.
 
 PRODUCT_LOOPS = {
     "attention_fwd_sm90_kernel": lambda d, keys: {
-        "invariant": d // 16,
-        "carried": keys // 16,
+        "shared" if d == 256 else "invariant": d // 16,
+        "carried": keys // 16 * (2 if d == 256 else 1),
         "waits": 2,
     },
-    "attention_bwd_dkv_sm90_kernel": lambda d, queries: {
-        "shared": 2 * d // 16,
-        "fresh": 2 * queries // 16,
-        "waits": 3,
+    "attention_bwd_dkv_sm90_kernel": lambda d, queries, dk, dv: {
+        "shared": (1 + dk) * d // 16,
+        "fresh": (dk + dv) * queries // 16 * (2 if d == 256 else 1),
+        "waits": 2 + dk,
     },
     "attention_bwd_dq_sm90_kernel": lambda d: {
-        "shared" if d == 64 else "invariant": 2 * d // 16,
-        "fresh": 4,
-        "waits": 2,
+        "shared" if d in (64, 256) else "invariant": 2 * d // 16,
+        "fresh": 6 if d == 256 else 4,
+        "waits": 3 if d == 256 else 2,
     },
 }
-"""Kernel for warpgroups -> of its head_dim, and the rows that it takes at once if they differ ->
-where the products of its loop take their first factors, and the waits in the loop.
+"""Kernel for warpgroups -> of what its name says behind the type (head_dim, rows that it takes at
+once, whether it computes dk and dv) -> where the products of its loop take their first factors, and
+the waits in the loop.
 """
 
 SOURCES = [  # that have kernels
@@ -173,7 +177,8 @@ def test_factors_are_not_overwritten_and_products_overlap(kernels: list[Kernel])
     found = warpgroup_products.product_loops("sm_90a")
     assert found.keys() == named.keys()
     for symbol, kernel in named.items():
-        sizes = [int(size) for size in re.findall(r", (\d+)", kernel.name)]
+        said = re.findall(r", (\d+|true|false)", kernel.name)
+        sizes = [int(one) if one.isdigit() else one == "true" for one in said]
         wanted = PRODUCT_LOOPS[kernel.family](*sizes)
         assert found[symbol] == wanted, kernel.name
 

@@ -1,9 +1,10 @@
-// dq of attention for Hopper's warpgroups: what attention_bwd_dq.cu computes, for heads of up to
-// 128 elements of 16 bits without features.
+// dq of attention for Hopper's warpgroups: what attention_bwd_dq.cu computes, for elements of 16
+// bits without features.
 //
 // A block is a warpgroup: it takes 64 queries, keeps q and dout in registers and walks the tiles of
-// keys. The product dout v^T runs under the exponentials of q k^T, and ds k of one tile
-// under the products of the next.
+// keys. The product dout v^T runs under the exponentials of q k^T, and ds k of one tile under the
+// products of the next. Of heads of 256 two blocks fit with one stage of 48 keys each, copied as
+// soon as the last ones are read, under the other block's products (not yet run on a GPU).
 #include "csrc/cuda/attention_bwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
 
@@ -13,15 +14,16 @@ namespace {
 template <int kD>
 struct WarpgroupDq {
   static constexpr int kBlocks = kD <= 64 ? 3 : 2;  // of a multiprocessor, each at its own pace
-  static constexpr int kKeys = 64;
-  static constexpr int kStages = 3;
+  static constexpr int kKeys = kD == 256 ? 48 : 64;
+  static constexpr int kStages = kD == 256 ? 1 : 3;
   // Else q and dout stay in shared memory: where their factors have the shape of those of ds, nvcc
   // 13.0 gives both the same registers, and what is needed in every round is overwritten in the
   // first (tests/test_cuda_resources.py looks for it).
-  static constexpr bool kInRegisters = kD != kKeys;
+  static constexpr bool kInRegisters = kD != kKeys && kStages > 1;
   using Queries = PanelTile<kGroupRows, kD>;
   using Keys = PanelTile<kKeys, kD>;
-  static_assert(Queries::kElements == Keys::kElements, "q and dout come in the place of a stage");
+  static_assert(!kInRegisters || Queries::kElements == Keys::kElements,
+                "q and dout come in the place of a stage");
   static constexpr int kSharedBytes =
       2 * kStages * Keys::kBytes + (kInRegisters ? 0 : 2 * Queries::kBytes);
 };
@@ -62,14 +64,14 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
   const int64_t statistics = statistics_at(problem, z, head, first_query) + m0;
   const Band band(problem, sq, keys.count);
   const Walk walk = band.keys(m0, min(m0 + kGroupRows, sq), kKeys, false);
-  const auto load_keys = [&](int t) {
+  const auto load_tiles = [&](int t, bool of_keys, bool of_values) {
     if (t < walk.count) {
       const int n0 = walk.at(t), stage = t % Tile::kStages * Keys::kElements;
       const auto alive = [&](int row) { return n0 + row < keys.count; };
       const bool whole = n0 + kKeys <= keys.count;
       const int64_t k_s = in.k.stride[2], v_s = in.v.stride[2];
-      Keys::load(s_k + stage, g_k + n0 * k_s, k_s, d, p.direct_k, whole, alive);
-      Keys::load(s_v + stage, g_v + n0 * v_s, v_s, d, p.direct_v, whole, alive);
+      if (of_keys) Keys::load(s_k + stage, g_k + n0 * k_s, k_s, d, p.direct_k, whole, alive);
+      if (of_values) Keys::load(s_v + stage, g_v + n0 * v_s, v_s, d, p.direct_v, whole, alive);
     }
     commit_copies();
   };
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
                   p.direct_q, whole, alive);
     Queries::load(s_dout, rows_of<const T>(p.dout, packed, z, head, first_query + m0),
                   p.dout.stride[2], d, p.direct_dout, whole, alive);
-    load_keys(0);
+    load_tiles(0, true, true);
     wait_copies<0>();
     __syncthreads();
     if constexpr (Tile::kInRegisters) {
@@ -103,8 +105,8 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
     for (int t = 0; t < walk.count; ++t) {
       wait_copies<0>();
       fence_shared();
-      __syncthreads();   // tile t is here, and tile t - 2 has been read
-      load_keys(t + 1);  // in the place of tile t - 2
+      __syncthreads();  // tile t is here, and tile t - 2 has been read
+      if constexpr (Tile::kStages > 1) load_tiles(t + 1, true, true);  // in the place of t - 2
       const T* s_own_k = s_k + t % Tile::kStages * Keys::kElements;
       const T* s_own_v = s_v + t % Tile::kStages * Keys::kElements;
       wgmma_begin();
@@ -146,6 +148,10 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
       wgmma_wait<0>();
       hold(r_dp);
       hold(r_dq);
+      if constexpr (Tile::kStages == 1) {
+        __syncthreads();  // the values have been read
+        load_tiles(t + 1, false, true);
+      }
       if (edge) clear_hidden(r_dp, r_s);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
@@ -156,6 +162,12 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
       wgmma_begin();
       issue<kKeys, kD>(r_dq, r_ds, s_own_k);
       wgmma_commit();
+      if constexpr (Tile::kStages == 1) {
+        wgmma_wait<0>();
+        hold(r_dq);
+        __syncthreads();  // the keys have been read
+        load_tiles(t + 1, true, false);
+      }
     }
     wgmma_wait<0>();
     hold(r_dq);

@@ -1,9 +1,12 @@
-// The forward of attention for Hopper's warpgroups: what attention_fwd.cu computes, for heads of up
-// to 128 elements of 16 bits without features.
+// The forward of attention for Hopper's warpgroups: what attention_fwd.cu computes, for elements of
+// 16 bits without features.
 //
 // A block is a warpgroup: it takes 64 queries, keeps them in registers and walks the tiles of keys,
 // edges first. The product p v of one tile runs under the softmax of the next; copies are a tile or
-// two ahead. On an H200, causal, d = 128, bf16: 399 TFLOP/s at S = 2048, 490 at 8192 (of 780).
+// two ahead. Of heads of 256 two blocks fit with one stage each: their queries stay in shared
+// memory, and keys and values are copied as soon as the last tile's are read, under the softmax and
+// the other block's products (not yet run on a GPU).
+// On an H200, causal, d = 128, bf16: 399 TFLOP/s at S = 2048, 490 at 8192 (of 780).
 // Learnt there: what costs is the way from tile to tile, so more keys at once gave 1.11x; a second
 // buffer of scores gave 1.05x, two warpgroups that share their keys 0.82x, as they wait for each
 // other.
@@ -24,12 +27,14 @@ constexpr int kMostKeys = kD == 64    ? 96
 // multiplies. How many, and how far ahead they copy, as measured on an H100 and an H200.
 template <int kD, int kKeys>
 struct WarpgroupFwd {
-  static constexpr int kBlocks = kD == 128 ? 2 : kD == 64 && kKeys == 64 ? 4 : 3;
-  static constexpr int kStages = kD == 128 && kKeys == 64 ? 3 : 2;
+  static constexpr int kBlocks = kD >= 128 ? 2 : kD == 64 && kKeys == 64 ? 4 : 3;
+  static constexpr int kStages = kD == 256 ? 1 : kD == 128 && kKeys == 64 ? 3 : 2;
+  static constexpr bool kInRegisters = kStages > 1;  // the queries
   using Queries = PanelTile<kGroupRows, kD>;
   using Keys = PanelTile<kKeys, kD>;
   static_assert(Queries::kElements <= Keys::kElements, "queries come in the place of a stage");
-  static constexpr int kSharedBytes = 2 * kStages * Keys::kBytes;
+  static constexpr int kSharedBytes =
+      2 * kStages * Keys::kBytes + (kInRegisters ? 0 : Queries::kBytes);
 };
 
 template <typename T, int kD, int kKeys>
@@ -41,7 +46,8 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupFwd<kD, kKeys>::kBlocks)
   FASTGPT_DYNAMIC_SHARED(shared);
   T* s_k = reinterpret_cast<T*>(shared);
   T* s_v = s_k + Tile::kStages * Keys::kElements;
-  T* s_q = s_v + (Tile::kStages - 1) * Keys::kElements;  // before the last stage is used
+  // In registers before the last stage is used.
+  T* s_q = s_v + (Tile::kStages - (Tile::kInRegisters ? 1 : 0)) * Keys::kElements;
   const Lane at;
   const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
 
@@ -57,20 +63,37 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupFwd<kD, kKeys>::kBlocks)
     Keys::load(s_tiles + t % Tile::kStages * Keys::kElements, g_rows + n0 * stride, stride, d,
                direct, n0 + kKeys <= rows.keys, [&](int row) { return n0 + row < rows.keys; });
   };
-  // Group t: the keys of tile t, the values of the tile before it.
-  const auto load_group = [&](int t) {
+  // Group t: the keys of tile t, the values of the tile before it; where there is one stage, a
+  // group each.
+  const auto load_group_keys = [&](int t) {
     load_keys(s_k, rows.g_k, in.k.stride[2], t, p.direct_k);
+    if (Tile::kStages == 1) commit_copies();
+  };
+  const auto load_group_values = [&](int t) {
     if (t > 0) load_keys(s_v, rows.g_v, in.v.stride[2], t - 1, p.direct_v);
     commit_copies();
+  };
+  const auto load_group = [&](int t) {
+    load_group_keys(t);
+    load_group_values(t);
   };
 
   float r_rows[1][kD / 8][4], r_s[kN][4], r_top[2], r_sum[2], r_decay[2];
   float (&r_out)[kD / 8][4] = r_rows[0];
-  uint32_t r_q[kD / 16][4], r_p[kKeys / 16][4];
+  [[maybe_unused]] uint32_t r_q[kD / 16][4];
+  uint32_t r_p[kKeys / 16][4];
   clear(r_rows);
   r_top[0] = r_top[1] = -INFINITY;
   r_sum[0] = r_sum[1] = 0.0f;
 
+  const auto issue_scores = [&](int t) {
+    const T* s_tile = s_k + t % Tile::kStages * Keys::kElements;
+    if constexpr (Tile::kInRegisters) {
+      issue_transposed<kKeys, kD>(r_s, r_q, s_tile);
+    } else {
+      issue_transposed<kGroupRows, kKeys, kD>(r_s, s_q, 0, s_tile);
+    }
+  };
   // Scores become probabilities; r_decay is what the sums before them are multiplied by.
   const auto softmax = [&](int t) {
     if (walk.edge(t)) {
@@ -120,27 +143,40 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupFwd<kD, kKeys>::kBlocks)
     wait_copies<Tile::kStages - 1>();
     fence_shared();
     __syncthreads();
-    Tile::Queries::factors(r_q, s_q, own);
+    if constexpr (Tile::kInRegisters) Tile::Queries::factors(r_q, s_q, own);
     wgmma_begin();
-    issue_transposed<kKeys, kD>(r_s, r_q, s_k);
+    issue_scores(0);
     wgmma_commit();
     wgmma_wait<0>();
     hold(r_s);
+    if constexpr (Tile::kStages == 1) {
+      __syncthreads();  // the keys have been read
+      load_group(1);
+    }
     softmax(0);
     round_to_factors<T>(r_p, r_s);
     for (int t = 1; t < walk.count; ++t) {
-      wait_copies<Tile::kStages - 2>();
+      wait_copies<Tile::kStages == 1 ? 1 : Tile::kStages - 2>();
       fence_shared();
       __syncthreads();  // group t is here, and the tiles of the last round have been read
-      load_group(t + Tile::kStages - 1);
+      if constexpr (Tile::kStages > 1) load_group(t + Tile::kStages - 1);
       hold(r_out);
       wgmma_begin();
-      issue_transposed<kKeys, kD>(r_s, r_q, s_k + t % Tile::kStages * Keys::kElements);
+      issue_scores(t);
       wgmma_commit();
+      if constexpr (Tile::kStages == 1) {
+        wait_copies<0>();
+        fence_shared();
+        __syncthreads();  // the values of group t too
+      }
       issue<kKeys, kD>(r_out, r_p, s_v + (t - 1) % Tile::kStages * Keys::kElements);
       wgmma_commit();
       wgmma_wait<1>();
       hold(r_s);
+      if constexpr (Tile::kStages == 1) {
+        __syncthreads();  // the keys have been read
+        load_group_keys(t + 1);
+      }
       softmax(t);
       wgmma_wait<0>();
       hold(r_out);
@@ -153,6 +189,10 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupFwd<kD, kKeys>::kBlocks)
         }
       }
       round_to_factors<T>(r_p, r_s);
+      if constexpr (Tile::kStages == 1) {
+        __syncthreads();  // the values have been read
+        load_group_values(t + 1);
+      }
     }
     wait_copies<0>();
     fence_shared();

@@ -42,14 +42,38 @@ struct PanelTile {
   template <typename T, typename F>
   __device__ static void load(T* s_tile, const T* g_rows, int64_t stride, int d, bool direct,
                               bool whole, const F& alive) {
+    if constexpr (kD <= 128) {
+      load_columns(s_tile, g_rows, stride, 0, d, direct, whole, alive);
+    } else {
+#pragma unroll 1
+      for (int first = 0; first < kD; first += 128) {
+        load_columns(s_tile, g_rows, stride, first, d, direct, whole, alive);
+      }
+    }
+  }
+  // The 16 rows of a warp, from `row` on, as first factors in registers.
+  template <typename T>
+  __device__ static void factors(uint32_t (&r_a)[kD / 16][4], const T* s_tile, int row) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+    for (int step = 0; step < kD / 16; ++step) {
+      load_matrices<4>(r_a[step], chunk(s_tile, row + lane % 16, 2 * step + lane / 16));
+    }
+  }
+
+ private:
+  // Up to 128 columns, from `first` on.
+  template <typename T, typename F>
+  __device__ static void load_columns(T* s_tile, const T* g_rows, int64_t stride, int first, int d,
+                                      bool direct, bool whole, const F& alive) {
     constexpr int kLanes = kD <= kPanelColumns ? 8 : 16;  // of a row
     constexpr int kStep = kWarpgroup / kLanes;
     static_assert(kStep % 8 == 0 && kRows % kStep == 0, "rows so far apart are swizzled alike");
-    const int lane = static_cast<int>(threadIdx.x) % kLanes, column = lane * 8;
+    const int lane = static_cast<int>(threadIdx.x) % kLanes, column = first + lane * 8;
     if (column >= kD) return;
     const int row = static_cast<int>(threadIdx.x) / kLanes;
     const T* g_from = g_rows + row * stride + column;
-    T* s_to = chunk(s_tile, row, lane);
+    T* s_to = chunk(s_tile, row, first / 8 + lane);
     const int there = min(max(d - column, 0), 8);
     if (direct && whole && there == 8) {
 #pragma unroll
@@ -72,15 +96,6 @@ struct PanelTile {
       }
       g_from += kStep * stride;
       s_to += kStep * kPanelColumns;
-    }
-  }
-  // The 16 rows of a warp, from `row` on, as first factors in registers.
-  template <typename T>
-  __device__ static void factors(uint32_t (&r_a)[kD / 16][4], const T* s_tile, int row) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-    for (int step = 0; step < kD / 16; ++step) {
-      load_matrices<4>(r_a[step], chunk(s_tile, row + lane % 16, 2 * step + lane / 16));
     }
   }
 };
@@ -115,10 +130,19 @@ __device__ inline void issue_transposed(float (&r)[kRows / 8][4], const T* s_a, 
 template <int kRows, int kD, typename T>
 __device__ inline void issue(float (&r)[kD / 8][4], const uint32_t (&r_p)[kRows / 16][4],
                              const T* s_b) {
-  const SharedMatrix b = PanelTile<kRows, kD>::by_rows(s_b);
+  using Tile = PanelTile<kRows, kD>;
+  constexpr int kColumns = kD < 128 ? kD : 128;  // of a product
+  static_assert(kD % kColumns == 0, "products of equal width");
+  const SharedMatrix b = Tile::by_rows(s_b);
 #pragma unroll
   for (int step = 0; step < kRows / 16; ++step) {
-    wgmma_rs<T, kD>(r, r_p[step], advanced(b, step * 16 * kPanelRowBytes), true);
+#pragma unroll
+    for (int first = 0; first < kD; first += kColumns) {
+      wgmma_rs<T, kColumns>(reinterpret_cast<float (&)[kColumns / 8][4]>(r[first / 8]), r_p[step],
+                            advanced(b, first / kPanelColumns * 2 * Tile::kPanelElements +
+                                            step * 16 * kPanelRowBytes),
+                            true);
+    }
   }
 }
 
@@ -163,7 +187,8 @@ void visit_warpgroup_width(int d, const F& f) {
   if (d <= 64) return f(Constant<64>{});
   if (d <= 80) return f(Constant<80>{});
   if (d <= 96) return f(Constant<96>{});
-  f(Constant<128>{});
+  if (d <= 128) return f(Constant<128>{});
+  f(Constant<256>{});
 }
 
 }  // namespace fastgpt::cuda

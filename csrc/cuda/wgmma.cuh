@@ -107,9 +107,12 @@ __device__ inline void hold(float (&r)[kN][4]) {
 
 #if !defined(FASTGPT_EMULATED)
 // The accumulators of kN columns as operands 0 to kN / 2 - 1: their names, and what they are.
-#define FASTGPT_D64                                                                  \
+#define FASTGPT_D48                                                                  \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
-  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+  "%18, %19, %20, %21, %22, %23"
+#define FASTGPT_D64 \
+  FASTGPT_D48       \
+  ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define FASTGPT_D80 \
   FASTGPT_D64       \
   ", %32, %33, %34, %35, %36, %37, %38, %39"
@@ -125,11 +128,16 @@ __device__ inline void hold(float (&r)[kN][4]) {
 #define FASTGPT_R1(i) "+f"(r_d[i][0]), "+f"(r_d[i][1]), "+f"(r_d[i][2]), "+f"(r_d[i][3])
 #define FASTGPT_R2(i) FASTGPT_R1(i), FASTGPT_R1((i) + 1)
 #define FASTGPT_R4(i) FASTGPT_R2(i), FASTGPT_R2((i) + 2)
-#define FASTGPT_R64 FASTGPT_R4(0), FASTGPT_R4(4)
+#define FASTGPT_R48 FASTGPT_R4(0), FASTGPT_R2(4)
+#define FASTGPT_R64 FASTGPT_R48, FASTGPT_R2(6)
 #define FASTGPT_R80 FASTGPT_R64, FASTGPT_R2(8)
 #define FASTGPT_R96 FASTGPT_R80, FASTGPT_R2(10)
 #define FASTGPT_R112 FASTGPT_R96, FASTGPT_R2(12)
 #define FASTGPT_R128 FASTGPT_R112, FASTGPT_R2(14)
+#define FASTGPT_SS_48 "%24, %25"
+#define FASTGPT_SS_48_ADD "%26"
+#define FASTGPT_RS_48 "{%24, %25, %26, %27}, %28"
+#define FASTGPT_RS_48_ADD "%29"
 #define FASTGPT_SS_64 "%32, %33"
 #define FASTGPT_SS_64_ADD "%34"
 #define FASTGPT_RS_64 "{%32, %33, %34, %35}, %36"
@@ -164,7 +172,12 @@ __device__ inline void hold(float (&r)[kN][4]) {
                  "r"(static_cast<int>(add)))
 // For the kN and the type of the function that it stands in.
 #define FASTGPT_WGMMA_OF(f, layout) \
-  if constexpr (kN == 64) {         \
+  if constexpr (kN == 48) {         \
+    if constexpr (kBf16)            \
+      f(48, "bf16", layout);        \
+    else                            \
+      f(48, "f16", layout);         \
+  } else if constexpr (kN == 64) {  \
     if constexpr (kBf16)            \
       f(64, "bf16", layout);        \
     else                            \
@@ -193,8 +206,9 @@ __device__ inline void hold(float (&r)[kN][4]) {
 #endif
 
 template <typename T, int kN>
-constexpr bool kMultiplies = (std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>) &&
-                             (kN == 64 || kN == 80 || kN == 96 || kN == 112 || kN == 128);
+constexpr bool kMultiplies =
+    (std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>) &&
+    (kN == 48 || kN == 64 || kN == 80 || kN == 96 || kN == 112 || kN == 128);
 
 // d (64 x kN) = a (64 x 16) b^T, or gains it: a and b, kN rows, in shared memory.
 template <typename T, int kN>

@@ -28,7 +28,7 @@ struct AttentionInputs {
 // Whether a GPU of this compute capability (90: Hopper) takes it by the kernels for warpgroups
 // (wgmma). features: there is more to it than a positive scale, causal and window.
 constexpr bool suits_warpgroups(DType dtype, int64_t d, bool features, int capability) {
-  return capability == 90 && dtype != DType::f32 && d >= 16 && d <= 128 && !features;
+  return capability == 90 && dtype != DType::f32 && d >= 16 && d <= 256 && !features;
 }
 
 struct AttentionFwd {

@@ -167,10 +167,12 @@ void check_registers() {
 
 template <typename T>
 void check_all_registers() {
+  check_registers<T, 48>();
   check_registers<T, 64>();
   check_registers<T, 80>();
   check_registers<T, 96>();
   check_registers<T, 128>();
+  check_registers<T, 48, true>();
   check_registers<T, 64, true>();
   check_registers<T, 96, true>();
   check_registers<T, 112, true>();
@@ -180,12 +182,14 @@ void check_all_registers() {
 const Register products[] = {
     {"wgmma of bfloat16 in shared memory",
      [] {
+       check_shared<__nv_bfloat16, 48>();
        check_shared<__nv_bfloat16, 64>();
        check_shared<__nv_bfloat16, 96>();
        check_shared<__nv_bfloat16, 128>();
      }},
     {"wgmma of float16 in shared memory",
      [] {
+       check_shared<__half, 48>();
        check_shared<__half, 64>();
        check_shared<__half, 96>();
        check_shared<__half, 128>();

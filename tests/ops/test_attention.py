@@ -142,6 +142,9 @@ CASES = (
     case("head_dim_of_gpt3_large", 1, 2, 2, 70, 70, 96),
     case("head_dim_of_gpt3_xl", 1, 2, 2, 70, 70, 128, window=40),
     case("head_dim_256", 1, 1, 1, 40, 40, 256),
+    case("head_dim_of_gpt_j", 1, 1, 1, 70, 130, 256, dtypes=HALVES),
+    case("head_dim_250", 1, 2, 1, 70, 130, 250, window=60, lse=True, dtypes=HALVES),
+    case("head_dim_136", 1, 1, 1, 100, 40, 136, causal=False, dtypes=HALVES),
     # where kernels for tensor cores take larger tiles
     case("many_keys", 1, 1, 1, 70, 1100, 64, lse=True, dtypes=HALVES),
     case("many_keys_of_gpt3_xl", 1, 1, 1, 33, 1061, 128, dtypes=HALVES),

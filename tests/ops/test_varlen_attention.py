@@ -73,6 +73,7 @@ CASES = (
     case("all_keys", ((20, 33), (6, 6)), causal=False),
     case("unused_tail", ((12, 12), (9, 9)), unused=5, lse=True),
     case("head_dim_of_gpt3_xl", ((40, 40), (25, 25)), d=128, scale=0.05),
+    case("head_dim_of_gpt_j", ((20, 20), (9, 70)), h=2, hk=1, d=256),
     case("long_one_beside", ((20, 150), (9, 1100)), h=1, hk=1, d=64, lse=True),
 )
 
