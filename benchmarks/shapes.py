@@ -156,6 +156,7 @@ ATTENTION = {
         Attention("long_band", 1, 16, 16, 8192, 128, window=256),
         Attention("long", 1, 16, 16, 8192, 128),
         Attention("grouped", 1, 32, 8, 8192, 128),
+        Attention("gpt_j", 4, 16, 16, 2048, 256),
     ],
 }
 
