@@ -53,8 +53,8 @@ def save_pretrained(model: GPT, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
     text = json.dumps(config, indent=2) + "\n"
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
     # Shards of an earlier checkpoint of this folder would make it ambiguous.
     (folder / INDEX).unlink(missing_ok=True)
 
@@ -120,7 +120,8 @@ def _same(one: Tensor, other: Tensor | None) -> bool:
     return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """What `write` writes becomes the file `path` when it is complete."""
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)

@@ -296,7 +296,8 @@ def train(
             saved = SavedRun.load(out)
             options = _resumed_options(given, saved.options, saved.step, out)
             texts = texts or list(saved.texts)
-            tokenizer, model = corpus.load_tokenizer(out), GPT.from_pretrained(out)
+            model = GPT.from_pretrained(out)
+            tokenizer = corpus.load_tokenizer(out, model.config.vocab_size)
             shape: GPTConfig | None = model.config
         else:
             options, shape = _options(given), _shape(preset, config)
@@ -346,7 +347,8 @@ def generate(
         from fastgpt.text import load_tokenizer
 
         place = _device(device)
-        tokenizer, decoder = load_tokenizer(model), GPT.from_pretrained(model).to(place).eval()
+        decoder = GPT.from_pretrained(model).to(place).eval()
+        tokenizer = load_tokenizer(model, decoder.config.vocab_size)
         room = decoder.config.n_positions - 1 - len(tokenizer.encode(prompt).ids)
         if room < 1:
             raise ValueError(

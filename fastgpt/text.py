@@ -101,8 +101,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     return tokenizer
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that lies beside a model; ValueError if the folder has none that serves."""
+def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer that lies beside a model of so many tokens.
+
+    Raises:
+        ValueError: the folder has none, or it does not serve: it lacks the end-of-text token, or
+            has more tokens than the model.
+    """
     from tokenizers import Tokenizer
 
     path = folder / TOKENIZER_FILE
@@ -114,6 +119,10 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{path}: expected a tokenizer, got: {error}") from None
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise ValueError(f"{path}: expected a tokenizer with the token {END_OF_TEXT}, found none")
+    if (size := tokenizer.get_vocab_size()) > vocab_size:
+        raise ValueError(
+            f"{path}: expected at most the model's vocab_size = {vocab_size} tokens, got {size}"
+        )
     return tokenizer
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt.checkpoint import replace_file
 from fastgpt.config import GPTConfig
 from fastgpt.model import GPT
 from fastgpt.ops._checks import check_number
@@ -268,11 +269,15 @@ class Trainer:
         report(Progress(self.step, loss, held_out, speed))
 
     def save(self, folder: Path, tokenizer: Any, texts: Sequence[Path] = ()) -> None:
-        """Write the model, its tokenizer, the history, and what `resume` needs."""
+        """Write the model, its tokenizer, the history, and what `resume` needs.
+
+        Each file appears only when complete.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
-        tokenizer.save(str(folder / TOKENIZER_FILE))
-        (folder / HISTORY_FILE).write_text(json.dumps(self.history))
+        history = json.dumps(self.history)
+        replace_file(folder / TOKENIZER_FILE, lambda path: tokenizer.save(str(path)))
+        replace_file(folder / HISTORY_FILE, lambda path: path.write_text(history))
         state = {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
@@ -280,7 +285,7 @@ class Trainer:
             "options": asdict(self.options),
             "texts": [str(path.resolve()) for path in texts],
         }
-        torch.save(state, folder / STATE_FILE)
+        replace_file(folder / STATE_FILE, lambda path: torch.save(state, path))
 
     def resume(self, saved: SavedRun) -> None:
         """Continue the run whose model this is: optimizer, draws, step."""

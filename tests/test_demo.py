@@ -62,8 +62,8 @@ def test_ours_and_torch_agree(folder: Path) -> None:
 
 def test_what_it_writes(folder: Path) -> None:
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    tokenizer = load_tokenizer(folder)
     model = GPT.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
     assert model.config.vocab_size == tokenizer.get_vocab_size()
     assert tokenizer.decode(tokenizer.encode("for x in y:").ids) == "for x in y:"
 
@@ -79,7 +79,7 @@ def test_the_peer_is_the_same_decoder(norm: str) -> None:
     torch.testing.assert_close(ours.loss, theirs.loss)
 
 
-def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = read_corpus(limit=60_000)
     from fastgpt.text import train_tokenizer
 
@@ -107,6 +107,16 @@ def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
     assert saved.texts == (Path("texts").resolve(),)
     resumed.resume(saved)
     assert resumed.step == 3
+
+    def breaks_off(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", breaks_off)
+    with pytest.raises(OSError, match="no space left"):
+        whole.save(tmp_path, tokenizer)
+    assert SavedRun.load(tmp_path).step == 3
+    assert not list(tmp_path.glob("*.partial"))
     whole.run(lambda _: None)
     resumed.run(lambda _: None)
     assert resumed.history == whole.history

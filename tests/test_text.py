@@ -93,15 +93,19 @@ def test_too_little_text_says_how_much_is_needed() -> None:
 
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a tokenizer in tokenizer\.json"):
-        corpus.load_tokenizer(tmp_path)
+        corpus.load_tokenizer(tmp_path, 300)
 
 
 def test_a_tokenizer_that_does_not_serve(tmp_path: Path) -> None:
     file = tmp_path / corpus.TOKENIZER_FILE
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizer, got: "):
-        corpus.load_tokenizer(tmp_path)
+        corpus.load_tokenizer(tmp_path, 300)
     corpus.train_tokenizer(["some text"], 300).save(str(file))
+    size = corpus.load_tokenizer(tmp_path, 300).get_vocab_size()
+    expected = rf"at most the model's vocab_size = {size - 1} tokens, got {size}"
+    with pytest.raises(ValueError, match=expected):
+        corpus.load_tokenizer(tmp_path, size - 1)
     file.write_text(file.read_text().replace(corpus.END_OF_TEXT, "<|other|>"))
     with pytest.raises(ValueError, match=r"with the token <\|endoftext\|>, found none"):
-        corpus.load_tokenizer(tmp_path)
+        corpus.load_tokenizer(tmp_path, 300)
