@@ -31,7 +31,7 @@ from torch._functorch import config as functorch
 
 import fastgpt
 from benchmarks import machine
-from benchmarks.measure import Case, Counts, Op, check_error, forward
+from benchmarks.measure import Case, Counts, Op, check_error, forward, pattern
 from benchmarks.peer import COMPILING, Absent
 from fastgpt import dispatch
 
@@ -278,7 +278,9 @@ def table(measured: list[Measured]) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="a regular expression on the name of a row")
+    parser.add_argument(
+        "--only", default="", type=pattern, help="a regular expression on the name of a row"
+    )
     parser.add_argument("--seconds", type=float, default=400.0, help="begin no row after them")
     parser.add_argument("--no-compile", action="store_true", help="no peer that compiles first")
     parser.add_argument("--device", help="cpu or cuda; a GPU if there is one")

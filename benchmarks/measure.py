@@ -6,6 +6,8 @@ this peer is not.
 
 from __future__ import annotations
 
+import argparse
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,17 @@ from benchmarks.peer import COMPILING, Absent, Function, Peer
 
 TOO_SLOW = 2.0
 """Seconds: a peer whose call takes longer is not timed."""
+
+
+def pattern(text: str) -> str:
+    """A regular expression, as argparse wants it."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a regular expression, got {text!r}: {error}"
+        ) from None
+    return text
 
 
 class Counts(NamedTuple):

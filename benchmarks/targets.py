@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as T
 
 from benchmarks import machine, peers, roofs, shapes
+from benchmarks.measure import pattern
 from fastgpt import GPT, GPTConfig
 from fastgpt import functional as F
 from fastgpt.backends import native
@@ -447,7 +448,9 @@ def describe(limits: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="a regular expression on the name of the row")
+    parser.add_argument(
+        "--only", default="", type=pattern, help="a regular expression on the name of the row"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()

@@ -25,6 +25,7 @@ import transformers as hf
 
 import fastgpt
 from benchmarks import machine
+from benchmarks.measure import pattern
 
 CPU = torch.device("cpu")
 PROMPT, NEW_TOKENS = 256, 32
@@ -170,7 +171,9 @@ def line(row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="a regular expression on the name of the model")
+    parser.add_argument(
+        "--only", default="", type=pattern, help="a regular expression on the name of the model"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     hf.logging.set_verbosity_error()

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 
 import fastgpt
+from benchmarks.measure import pattern
 from fastgpt import dispatch
 from tests.contract import Case, OpSpec, device_of, make, outgoing_for, run
 from tests.specs import SPECS
@@ -39,7 +40,9 @@ def calls(backend: str) -> Iterator[tuple[OpSpec, Case, torch.dtype]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", default="cuda")
-    parser.add_argument("--only", default="", help="a regular expression on `op case dtype`")
+    parser.add_argument(
+        "--only", default="", type=pattern, help="a regular expression on `op case dtype`"
+    )
     parser.add_argument("--seconds", type=float, default=150.0)
     options = parser.parse_args()
     device = device_of(options.backend)

@@ -167,6 +167,12 @@ def test_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (document["rows"], len(document["no_time_for"])) == ([], len(rows))
 
 
+def test_a_pattern_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_bench.main(["--device=cpu", "--only=("])
+    assert "--only: expected a regular expression, got '('" in capsys.readouterr().err
+
+
 def test_every_op_is_measured_in_every_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_bench, "SECONDS_A_PEER", 0.0)
     monkeypatch.setattr(gpu_bench, "COMPILED", ())
