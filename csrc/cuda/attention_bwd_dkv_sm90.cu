@@ -157,13 +157,7 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupDkv<kD, kQueries, kDk, k
         for (int i = 0; i < 2; ++i) {
           const int column = n0 + own + at.row(0, 2 * i);
           const int first = band.first_row(column) - m0, last = band.last_row(column) - m0;
-#pragma unroll
-          for (int n = 0; n < kN; ++n) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              if (8 * n + j < first || 8 * n + j > last) r_s[n][2 * i + j] = -INFINITY;
-            }
-          }
+          hide_outside(r_s, i, first, last);
         }
       }
 #pragma unroll

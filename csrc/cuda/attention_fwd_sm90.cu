@@ -102,13 +102,7 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupFwd<kD, kKeys>::kBlocks)
       for (int i = 0; i < 2; ++i) {
         const int row = m0 + own + at.row(0, 2 * i);
         const int low = band.low(row) - first, high = band.high(row) - first;
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            if (8 * n + j < low || 8 * n + j > high) r_s[n][2 * i + j] = -INFINITY;
-          }
-        }
+        hide_outside(r_s, i, low, high);
       }
     }
 #pragma unroll

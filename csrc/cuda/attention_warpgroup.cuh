@@ -156,6 +156,19 @@ __device__ inline void round_to_factors(uint32_t (&r_a)[kN / 2][4], const float 
   }
 }
 
+// Scores of the lane's row i (of two) are hidden outside of columns low to high, counted from the
+// lane's first.
+template <int kN>
+__device__ inline void hide_outside(float (&r_s)[kN][4], int i, int low, int high) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (8 * n + j < low || 8 * n + j > high) r_s[n][2 * i + j] = -INFINITY;
+    }
+  }
+}
+
 // dp = 0 where a key is hidden, p being 0: it may have overflowed.
 template <int kN>
 __device__ inline void clear_hidden(float (&r_dp)[kN][4], const float (&r_p)[kN][4]) {
