@@ -5,8 +5,9 @@
 // of queries; scores are (keys, queries), so that P^T and dS^T are factors in registers. The
 // product v dout^T runs under the exponentials of k q^T, p^T dout under dS, ds^T q under the
 // products of the next tile. Of heads of 256 the registers hold one gradient: dk and dv are kernels
-// of their own, 5 products instead of 4, with one stage each, copied as soon as the last is read,
-// under the products of the other block (not yet run on a GPU).
+// of their own, 5 products instead of 4, with one stage each. dk copies the next dout once dp is
+// computed and q at the end, dv the next q once the scores are and dout at the end: under its own
+// exponentials and the products of the other block (not yet run on a GPU).
 #include "csrc/cuda/attention_bwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
 
@@ -28,6 +29,7 @@ struct WarpgroupDkv {
   static constexpr int kKeyTiles = kDk ? 2 : 1;  // dv needs no values
   static constexpr int kSharedBytes =
       kKeyTiles * Keys::kBytes + kStages * 2 * Queries::kBytes + 2 * 2 * kQueries * 4;
+  static_assert(fits(kBlocks, kSharedBytes));
 };
 
 template <typename T, int kD, int kQueries, bool kDk, bool kDv>
@@ -214,9 +216,11 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupDkv<kD, kQueries, kDk, k
         load_tiles(step + 1, kDk, kDv);
       }
     }
-    wgmma_wait<0>();
-    if constexpr (kDk) hold(r_dk[0]);
-    __syncthreads();  // the keys and values have been read
+    if constexpr (Tile::kStages > 1) {
+      wgmma_wait<0>();
+      hold(r_dk[0]);
+      __syncthreads();  // the keys and values have been read
+    }
   }
   if constexpr (kDk) scale_by(r_dk, in.scale);
   if constexpr (kDv) scale_by(r_dv, p.rescale);

@@ -1,10 +1,11 @@
 // dq of attention for Hopper's warpgroups: what attention_bwd_dq.cu computes, for elements of 16
 // bits without features.
 //
-// A block is a warpgroup: it takes 64 queries, keeps q and dout in registers and walks the tiles of
-// keys. The product dout v^T runs under the exponentials of q k^T, and ds k of one tile under the
-// products of the next. Of heads of 256 two blocks fit with one stage of 48 keys each, copied as
-// soon as the last ones are read, under the other block's products (not yet run on a GPU).
+// A block is a warpgroup: it takes 64 queries, keeps q and dout in registers, if it may and can,
+// and walks the tiles of keys. The product dout v^T runs under the exponentials of q k^T, and ds k
+// of one tile under the products of the next. Of heads of 256 two blocks fit with one stage of 48
+// keys each: values are copied under ds k, which is waited for, and keys then, under the other
+// block's products (not yet run on a GPU).
 #include "csrc/cuda/attention_bwd.cuh"
 #include "csrc/cuda/attention_warpgroup.cuh"
 
@@ -16,16 +17,20 @@ struct WarpgroupDq {
   static constexpr int kBlocks = kD <= 64 ? 3 : 2;  // of a multiprocessor, each at its own pace
   static constexpr int kKeys = kD == 256 ? 48 : 64;
   static constexpr int kStages = kD == 256 ? 1 : 3;
-  // Else q and dout stay in shared memory: where their factors have the shape of those of ds, nvcc
-  // 13.0 gives both the same registers, and what is needed in every round is overwritten in the
-  // first (tests/test_cuda_resources.py looks for it).
+  // Else q and dout stay in shared memory. Of heads of 256 there are no registers for them; where
+  // their factors have the shape of those of ds, nvcc 13.0 gives both the same registers, and what
+  // is needed in every round is overwritten in the first (tests/test_cuda_resources.py looks for
+  // it).
   static constexpr bool kInRegisters = kD != kKeys && kStages > 1;
   using Queries = PanelTile<kGroupRows, kD>;
   using Keys = PanelTile<kKeys, kD>;
   static_assert(!kInRegisters || Queries::kElements == Keys::kElements,
                 "q and dout come in the place of a stage");
+  static_assert(2 * kStages * Keys::kElements >= Queries::kElements,
+                "results come in the place of the keys and values");
   static constexpr int kSharedBytes =
       2 * kStages * Keys::kBytes + (kInRegisters ? 0 : 2 * Queries::kBytes);
+  static_assert(fits(kBlocks, kSharedBytes));
 };
 
 template <typename T, int kD>
@@ -105,7 +110,7 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
     for (int t = 0; t < walk.count; ++t) {
       wait_copies<0>();
       fence_shared();
-      __syncthreads();  // tile t is here, and tile t - 2 has been read
+      __syncthreads();  // tile t is here, and tile t - 2, if another stage, has been read
       if constexpr (Tile::kStages > 1) load_tiles(t + 1, true, true);  // in the place of t - 2
       const T* s_own_k = s_k + t % Tile::kStages * Keys::kElements;
       const T* s_own_v = s_v + t % Tile::kStages * Keys::kElements;
@@ -163,8 +168,10 @@ __global__ void __launch_bounds__(kWarpgroup, WarpgroupDq<kD>::kBlocks)
         load_tiles(t + 1, true, false);
       }
     }
-    wgmma_wait<0>();
-    hold(r_dq);
+    if constexpr (Tile::kStages > 1) {
+      wgmma_wait<0>();
+      hold(r_dq);
+    }
   }
   scale_by(r_rows, in.scale);
   const int first = m0 + own;

@@ -4,8 +4,8 @@
 // A block is a warpgroup: it takes 64 queries, keeps them in registers and walks the tiles of keys,
 // edges first. The product p v of one tile runs under the softmax of the next; copies are a tile or
 // two ahead. Of heads of 256 two blocks fit with one stage each: their queries stay in shared
-// memory, and keys and values are copied as soon as the last tile's are read, under the softmax and
-// the other block's products (not yet run on a GPU).
+// memory, keys are copied under the softmax, values under the next scores, both under the other
+// block's products (not yet run on a GPU).
 // On an H200, causal, d = 128, bf16: 399 TFLOP/s at S = 2048, 490 at 8192 (of 780).
 // Learnt there: what costs is the way from tile to tile, so more keys at once gave 1.11x; a second
 // buffer of scores gave 1.05x, two warpgroups that share their keys 0.82x, as they wait for each
@@ -32,9 +32,11 @@ struct WarpgroupFwd {
   static constexpr bool kInRegisters = kStages > 1;  // the queries
   using Queries = PanelTile<kGroupRows, kD>;
   using Keys = PanelTile<kKeys, kD>;
-  static_assert(Queries::kElements <= Keys::kElements, "queries come in the place of a stage");
+  static_assert(Queries::kElements <= Keys::kElements,
+                "queries come in the place of a stage, results in that of the keys");
   static constexpr int kSharedBytes =
       2 * kStages * Keys::kBytes + (kInRegisters ? 0 : Queries::kBytes);
+  static_assert(fits(kBlocks, kSharedBytes));
 };
 
 template <typename T, int kD, int kKeys>
@@ -46,7 +48,7 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupFwd<kD, kKeys>::kBlocks)
   FASTGPT_DYNAMIC_SHARED(shared);
   T* s_k = reinterpret_cast<T*>(shared);
   T* s_v = s_k + Tile::kStages * Keys::kElements;
-  // In registers before the last stage is used.
+  // Read before the last stage is used, or behind all stages.
   T* s_q = s_v + (Tile::kStages - (Tile::kInRegisters ? 1 : 0)) * Keys::kElements;
   const Lane at;
   const int own = static_cast<int>(threadIdx.x) / kWarp * 16;  // of the warp
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupFwd<kD, kKeys>::kBlocks)
     for (int t = 1; t < walk.count; ++t) {
       wait_copies<Tile::kStages == 1 ? 1 : Tile::kStages - 2>();
       fence_shared();
-      __syncthreads();  // group t is here, and the tiles of the last round have been read
+      __syncthreads();  // group t (its keys, if of one stage) is here, the last round's was read
       if constexpr (Tile::kStages > 1) load_group(t + Tile::kStages - 1);
       hold(r_out);
       wgmma_begin();

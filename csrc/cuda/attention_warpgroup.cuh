@@ -10,6 +10,11 @@ namespace fastgpt::cuda {
 
 constexpr int kGroupRows = 64;
 
+// Whether so many blocks share a multiprocessor's memory, of which each takes 1 KiB more.
+constexpr bool fits(int blocks, int shared_bytes) {
+  return blocks * (shared_bytes + 1024) <= 228 * 1024;
+}
+
 // A tile of kRows rows of kD elements of 16 bits.
 template <int kRows, int kD>
 struct PanelTile {
