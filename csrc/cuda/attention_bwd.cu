@@ -1,7 +1,7 @@
 // The backward of attention, dense or packed, in three passes or four: delta and the lse in units
 // of log2(e); dk and dv, by blocks of keys; dq, by blocks of queries; dbias. 14 d flops per visible
-// pair (of heads of more than 128, whose dk and dv no registers hold together, 16 to 18 d) instead of
-// the 10 d of a pass that adds dq by atomics: so no order is left to chance.
+// pair, or 16 to 18 d of heads of more than 128, whose dk and dv no registers hold together,
+// instead of the 10 d of a pass that adds dq by atomics: so no order is left to chance.
 #include "csrc/cuda/attention_bwd.cuh"
 
 namespace fastgpt::cuda {
