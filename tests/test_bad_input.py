@@ -317,6 +317,16 @@ def test_bad_contents_write_nothing() -> None:
         assert not cache.any()
 
 
+def test_a_raw_call_with_more_new_tokens_than_a_ring_has_slots_raises() -> None:
+    skip_unless_runs("decode_attention", "cpu")
+    new = torch.zeros(2, 2, CACHE.shape[2] + 1, 8)
+    q, lengths = torch.zeros(2, 4, new.shape[2], 8), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="k_new: unexpected shape"):
+        torch.ops.fastgpt.decode_attention(
+            q, CACHE.clone(), CACHE.clone(), lengths, new, new, 0.3, 3, None, True
+        )
+
+
 def test_arguments_are_checked_before_anything_is_allocated() -> None:
     """A shape that no machine could allocate for is refused by its error, not by the allocator."""
     q = torch.empty(1, 1, 1, 8).expand(2**20, 4, 2**20, 8)

@@ -15,7 +15,7 @@ from fastgpt import dispatch
 from fastgpt import functional as F
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-CAPACITY, WINDOW = 96, 24
+WINDOW = 24
 BACKENDS = [
     name for name in dispatch.TABLE["decode_attention"] if "cuda" in dispatch.DEVICES.get(name, ())
 ]
@@ -37,16 +37,22 @@ def captured(step, warm_ups: int = 3) -> torch.cuda.CUDAGraph:
 
 @needs_gpu
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["dense", "band"])
+@pytest.mark.parametrize(
+    ("b", "capacity", "d"), [(3, 96, 64), (24, 4096, 128)], ids=["one_split", "many_splits"]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_decode_step_replays(backend: str, window: int | None) -> None:
+def test_a_decode_step_replays(
+    backend: str, b: int, capacity: int, d: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every replay appends where the lengths now say, and attends to what is there by then."""
+    monkeypatch.setenv("FASTGPT_CHECK", "1")  # which reads lengths, but not while it is captured
     reason = dispatch.refusal("decode_attention", backend, "cuda", torch.bfloat16)
     if reason is not None:
         pytest.skip(f"{backend} {reason}")
-    b, h, hk, d = 3, 4, 2, 64
+    h, hk = 4, 2
     options = {"device": "cuda", "dtype": torch.bfloat16}
-    caches = torch.randn(2, b, hk, CAPACITY, d, **options)
-    start = torch.tensor([0, 17, CAPACITY - 8], dtype=torch.int32, device="cuda")
+    caches = torch.randn(2, b, hk, capacity, d, **options)
+    start = torch.linspace(0, capacity - 8, b, dtype=torch.int32, device="cuda")
     lengths = start.clone()
     q, new = torch.empty(b, h, 1, d, **options), torch.empty(2, b, hk, 1, d, **options)
     out = torch.empty_like(q)

@@ -36,6 +36,7 @@ constexpr int kKnownDevices = 64;  // of which what does not change is asked onc
 
 static inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // or the next launch would report it
   throw std::runtime_error(std::string("fastgpt: ") + what + ": " + cudaGetErrorString(status));
 }
 

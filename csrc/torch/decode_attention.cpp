@@ -29,6 +29,7 @@ std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k_cache, Tensor v_c
   const int64_t t_new = k_new.has_value() ? k_new->size(2) : 0;
   require_groups(h, hk);
   require(!ring || capacity > 0, "k_cache");
+  require(!ring || t_new <= capacity, "k_new");
   require(k_new.has_value() == v_new.has_value(), "v_new");
   require(on_device(q, k_cache) && on_device(q, v_cache) && on_device(q, cache_lengths) &&
               on_device(q, k_new) && on_device(q, v_new) && on_device(q, cache_start),

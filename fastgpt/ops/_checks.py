@@ -143,10 +143,12 @@ def host_checks(backend: str, tensor: Tensor) -> bool:
     """Whether Python must check the contents of `tensor`: offsets, lengths, class indices.
 
     The cpu kernels check what they read; the other backends need it on a CPU. On a GPU it would
-    wait for the device, and runs with FASTGPT_CHECK=1 alone.
+    wait for the device, and runs with FASTGPT_CHECK=1 alone, never within the capture of a graph.
     """
     if backend == "cpu" or torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
     if tensor.is_cpu:
         return True
-    return tensor.device.type != "meta" and os.environ.get("FASTGPT_CHECK") == "1"
+    if tensor.device.type == "meta" or os.environ.get("FASTGPT_CHECK") != "1":
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -180,11 +180,24 @@ def test_contract(backend: str, dtype: torch.dtype, case: Case) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("ring", [False, True], ids=["linear", "ring"])
-def test_a_full_gpu_gives_the_bits_of_a_sequence_alone(ring: bool) -> None:
+@pytest.mark.parametrize(
+    ("h", "hk", "t", "d", "dtype"),
+    [
+        (16, 8, 3, 64, torch.bfloat16),
+        (8, 8, 1, 128, torch.float32),
+        (32, 2, 1, 128, torch.bfloat16),
+        (8, 4, 1, 80, torch.float16),
+        (16, 2, 2, 256, torch.bfloat16),
+        (4, 4, 1, 20, torch.bfloat16),  # 40 bytes a row: no copies of 16
+    ],
+)
+def test_a_full_gpu_gives_the_bits_of_a_sequence_alone(
+    h: int, hk: int, t: int, d: int, dtype: torch.dtype, ring: bool
+) -> None:
     """On a full GPU a block takes several splits in turn, on an idle one each split has a block."""
-    skip_unless_runs("decode_attention", "cuda", torch.bfloat16)
-    b, h, hk, t, capacity, d = 96, 16, 8, 3, 4096, 64
-    options = {"device": "cuda", "dtype": torch.bfloat16}
+    skip_unless_runs("decode_attention", "cuda", dtype)
+    b, capacity = 96, 4096
+    options = {"device": "cuda", "dtype": dtype}
     q, new = torch.randn(b, h, t, d, **options), torch.randn(2, b, hk, t, d, **options)
     caches = torch.randn(2, b, hk, capacity, d, **options)
     most = 2 * capacity if ring else capacity - t
