@@ -27,6 +27,7 @@ struct WarpgroupDkv {
   using Keys = PanelTile<kKeys, kD>;
   using Queries = PanelTile<kQueries, kD>;
   static constexpr int kKeyTiles = kDk ? 2 : 1;  // dv needs no values
+  // lse and delta of two tiles at any rate: the next ones come while these are read.
   static constexpr int kSharedBytes =
       kKeyTiles * Keys::kBytes + kStages * 2 * Queries::kBytes + 2 * 2 * kQueries * 4;
   static_assert(fits(kBlocks, kSharedBytes));
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kWarpgroup, (WarpgroupDkv<kD, kQueries, kDk, k
         float* s_lse2 = s_statistics + step % 2 * 2 * kQueries;
         const bool inside = m0 + row < sq;
         s_lse2[row] = inside ? p.g_lse2[at_row] : INFINITY;
-        s_lse2[kQueries + row] = inside ? p.g_delta[at_row] : 0.0f;
+        if (kDk) s_lse2[kQueries + row] = inside ? p.g_delta[at_row] : 0.0f;
       }
       if ((kDk ? of_q : of_dout) && ++next_tile == walk.count) {  // the later of the two
         next_tile = 0;

@@ -10,7 +10,7 @@ namespace fastgpt::cuda {
 
 constexpr int kGroupRows = 64;
 
-// Whether so many blocks share a multiprocessor's memory, of which each takes 1 KiB more.
+// Whether so many blocks share the 228 KiB of a multiprocessor of sm_90, each with 1 KiB more.
 constexpr bool fits(int blocks, int shared_bytes) {
   return blocks * (shared_bytes + 1024) <= 228 * 1024;
 }
